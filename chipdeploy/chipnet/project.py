@@ -1,0 +1,378 @@
+"""From scores to a plan: the most valuable widths and branches whose cost stays under the budget.
+
+A group's value at width w is the sum of its w best scores, so ψ alone ranks; what is searched are the widths. Given the
+widths of a few *core* items (residual streams, every second layer of a chain) the rest do not interact, and choosing
+their widths is a multiple-choice knapsack, solved exactly over a finely binned budget. The core is found by Lagrangian
+coordinate ascent, then improved by hill climbing over the knapsack's own bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from math import gcd
+
+import numpy as np
+
+from chipdeploy.chipnet.costs import CostModel, Floats
+from chipdeploy.errors import BudgetError
+from chipdeploy.graph.channels import ChannelGraph, Mask
+from chipdeploy.graph.labels import Ints
+
+BINS = 4000  # the knapsack's budget is cut into this many steps; costs are rounded up, so it is never exceeded
+MAX_CHOICES = 1024  # of one item; more are thinned evenly, and the last fill puts the finest steps back
+SLACK = 0.02  # share of the budget that may stay unused before finer steps than the alignment are tried
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """Groups that are chosen together: one group, or all groups inside one branch."""
+
+    groups: tuple[int, ...]
+    choices: Ints  # [K, len(groups)], the cheapest first
+    terms: Ints  # numbers of the cost terms in which the item occurs
+
+
+class Projector:
+    """Finds plans for one graph, one cost and one alignment."""
+
+    def __init__(self, graph: ChannelGraph, cost: CostModel, align: int = 16) -> None:
+        self.graph, self.cost = graph, cost
+        self._coefficients = cost.coefficients / cost.dense
+        self._units = np.array([gcd(group.size, align) for group in graph.groups], dtype=np.int64)
+        self._strict = align > 1
+        self._items = self._make_items(self._units)
+        self._core, self._leaves = self._split()
+
+    @cached_property
+    def smallest(self) -> float:
+        """The least share of the cost that any legal plan keeps."""
+        widths = np.array([0 if group.may_vanish else 1 for group in self.graph.groups], dtype=np.int64)
+        return self.cost.count(widths) / self.cost.dense
+
+    def check(self, keep: float) -> None:
+        """Raises BudgetError where no connected network is as cheap as keep · dense."""
+        if keep < self.smallest:
+            raise BudgetError(
+                f"a budget of {keep:.2%} is out of reach: the smallest connected network keeps {self.smallest:.2%}; "
+                f"ask for {np.ceil(self.smallest * 1000) / 1000:g} or more"
+            )
+
+    def project(self, scores: Floats, keep: float, *, start: Ints | None = None) -> Mask:
+        """Keep the plan of the highest value with cost ≤ keep · dense.
+
+        scores: positive value of every channel, [channels]. start: widths from which the search begins.
+
+        Raises:
+            BudgetError: not even the smallest connected network is that cheap.
+        """
+        widths = self.widths(scores, keep, start=start)
+        return self.top(scores, widths)
+
+    def top(self, scores: Floats, widths: Ints) -> Mask:
+        """The best-scored channels of every group; equal scores fall to the lower channel number."""
+        mask = np.zeros(self.graph.channels, dtype=np.bool_)
+        for group, width in enumerate(widths.tolist()):
+            span = self.graph.span(group)
+            order = np.argsort(-scores[span], kind="stable")
+            mask[span.start + order[:width]] = True
+        return mask
+
+    def widths(self, scores: Floats, keep: float, *, start: Ints | None = None) -> Ints:
+        """The widths [G] of the best plan; see `project`."""
+        self.check(keep)
+        search = _Search(self, scores, keep)
+        return search.run(start)
+
+    def _make_items(self, units: Ints) -> list[Item]:
+        inside = {group for branch in self.graph.branches for group in branch.groups}
+        tuples = [branch.groups for branch in self.graph.branches]
+        tuples += [(group,) for group in range(len(self.graph.groups)) if group not in inside]
+        return [Item(groups, self._choices(groups, units), self._terms(groups)) for groups in sorted(tuples)]
+
+    def _choices(self, groups: tuple[int, ...], units: Ints) -> Ints:
+        limit = max(2, int(MAX_CHOICES ** (1 / len(groups))))
+        levels = []
+        for group in groups:
+            steps = np.arange(units[group], self.graph.groups[group].size + 1, units[group], dtype=np.int64)
+            if len(steps) > limit:
+                steps = steps[np.unique(np.linspace(0, len(steps) - 1, limit).round().astype(np.int64))]
+            levels.append(steps.tolist())
+        choices = list(product(*levels))
+        if all(self.graph.groups[group].may_vanish for group in groups):
+            choices.insert(0, (0,) * len(groups))
+        return np.array(choices, dtype=np.int64)
+
+    def _terms(self, groups: tuple[int, ...]) -> Ints:
+        cost = self.cost
+        branches = [b for b, members in enumerate(cost.branch_groups) if set(members) & set(groups)]
+        involved = np.isin(cost.first, groups) | np.isin(cost.second, groups) | np.isin(cost.branch, branches)
+        return np.flatnonzero(involved)
+
+    def _split(self) -> tuple[list[int], list[int]]:
+        """A greedy vertex cover of the items' interactions, and the items that are left."""
+        touching = np.zeros((len(self._items), len(self.cost.coefficients)), dtype=np.bool_)
+        for number, item in enumerate(self._items):
+            touching[number, item.terms] = True
+        meet = touching.astype(np.int64) @ touching.T.astype(np.int64)
+        np.fill_diagonal(meet, 0)
+        core: list[int] = []
+        while meet.any():
+            busiest = int((meet > 0).sum(axis=1).argmax())
+            core.append(busiest)
+            meet[busiest], meet[:, busiest] = 0, 0
+        return sorted(core), [number for number in range(len(self._items)) if number not in core]
+
+
+class _Search:
+    """One search: fixed scores, fixed budget."""
+
+    def __init__(self, projector: Projector, scores: Floats, keep: float) -> None:
+        self._p = projector
+        self._keep = keep
+        graph = projector.graph
+        sorted_scores = [-np.sort(-scores[graph.span(g)], kind="stable") for g in range(len(graph.groups))]
+        self._prefix = [np.concatenate([[0.0], np.cumsum(s)]) for s in sorted_scores]
+        self._values = [self._value(item) for item in projector._items]
+
+    def run(self, start: Ints | None) -> Ints:
+        widths = self._ascend() if start is None else self._repair(start.copy())
+        widths = self._climb(widths)
+        widths = self._knapsack(widths)
+        return self._fill(widths)
+
+    def _value(self, item: Item) -> Floats:
+        return np.sum([self._prefix[g][item.choices[:, k]] for k, g in enumerate(item.groups)], axis=0)
+
+    def _cost(self, widths: Ints) -> float:
+        return self._p.cost.count(widths) / self._p.cost.dense
+
+    def _item_costs(self, item: Item, widths: Ints) -> Floats:
+        """Share of the dense cost that the item's terms take at each of its choices, all else as in `widths`."""
+        cost, terms = self._p.cost, item.terms
+        table = np.repeat(np.append(widths, 1)[None].astype(np.float64), len(item.choices), axis=0)
+        table[:, list(item.groups)] = item.choices
+        alive = np.ones((len(item.choices), len(cost.branch_groups) + 1))
+        for number in np.unique(cost.branch[terms]).tolist():
+            if number < len(cost.branch_groups):
+                alive[:, number] = (table[:, list(cost.branch_groups[number])] > 0).any(axis=1)
+        parts = table[:, cost.first[terms]] * table[:, cost.second[terms]] * alive[:, cost.branch[terms]]
+        return np.asarray(parts @ self._p._coefficients[terms], dtype=np.float64)
+
+    def _ascend(self) -> Ints:
+        """Coordinate ascent on value − λ · cost, λ bisected until the budget holds."""
+        low, high = 0.0, None
+        best = self._smallest_choice()
+        multiplier = float(sum(prefix[-1] for prefix in self._prefix))
+        for _ in range(40):
+            widths = self._sweep(multiplier)
+            if self._cost(widths) <= self._keep:
+                best, high = widths, multiplier
+            else:
+                low = multiplier
+            multiplier = multiplier * 2 if high is None else (low + high) / 2
+            if high is not None and high - low < 1e-3 * high:
+                break
+        return best
+
+    def _sweep(self, multiplier: float) -> Ints:
+        widths = self._p.graph.sizes.copy()
+        for _ in range(4):
+            before = widths.copy()
+            for item, value in zip(self._p._items, self._values, strict=True):
+                chosen = int(np.argmax(value - multiplier * self._item_costs(item, widths)))
+                widths[list(item.groups)] = item.choices[chosen]
+            if np.array_equal(before, widths):
+                break
+        return widths
+
+    def _smallest_choice(self) -> Ints:
+        widths = np.zeros(len(self._p.graph.groups), dtype=np.int64)
+        for item in self._p._items:
+            widths[list(item.groups)] = item.choices[0]
+        return widths
+
+    def _repair(self, widths: Ints) -> Ints:
+        """Widths from an earlier search, as a start for this one: only legal choices."""
+        for item in self._p._items:
+            distance = np.abs(item.choices - widths[list(item.groups)]).sum(axis=1)
+            widths[list(item.groups)] = item.choices[int(distance.argmin())]
+        return widths
+
+    def _climb(self, widths: Ints) -> Ints:
+        """Move one core item at a time to a neighbouring choice while the knapsack's bound improves."""
+        best = self._bound(widths)
+        for _ in range(64):
+            moves = []
+            for number in self._p._core:
+                for moved in self._neighbours(number, widths):
+                    moves.append((self._bound(moved), tuple(moved.tolist())))
+            if not moves:
+                break
+            bound, winner = max(moves)
+            if bound <= best + 1e-12:
+                break
+            best, widths = bound, np.array(winner, dtype=np.int64)
+            if len(self._p._core) > 16:  # long chains: the ascent has done the work, a few steps must do
+                break
+        return widths
+
+    def _neighbours(self, number: int, widths: Ints) -> list[Ints]:
+        item = self._p._items[number]
+        now = int((item.choices == widths[list(item.groups)]).all(axis=1).argmax())
+        moved = []
+        for step in (-4, -1, 1, 4):
+            if 0 <= now + step < len(item.choices):
+                other = widths.copy()
+                other[list(item.groups)] = item.choices[now + step]
+                moved.append(other)
+        return moved
+
+    def _bound(self, widths: Ints) -> float:
+        """Value of the linear relaxation over the leaves, the core as in `widths`; −∞ where the core costs too much."""
+        room = self._room(widths)
+        total = sum(self._prefix[g][widths[g]] for n in self._p._core for g in self._p._items[n].groups)
+        gains: list[Floats] = []
+        costs: list[Floats] = []
+        for number in self._p._leaves:
+            item, value = self._p._items[number], self._values[number]
+            cost = self._item_costs(item, widths)
+            corners = _hull(cost, value)
+            room -= cost[corners[0]]
+            total += value[corners[0]]
+            gains.append(np.diff(value[corners]))
+            costs.append(np.diff(cost[corners]))
+        if room < 0:
+            return -np.inf
+        if not gains:
+            return float(total)
+        gain, cost = np.concatenate(gains), np.concatenate(costs)
+        order = np.argsort(-gain / np.maximum(cost, 1e-15), kind="stable")
+        spent = np.cumsum(cost[order])
+        whole = int(np.searchsorted(spent, room, side="right"))
+        total += gain[order[:whole]].sum()
+        if whole < len(order):
+            left = room - (spent[whole - 1] if whole else 0.0)
+            total += gain[order[whole]] * left / max(cost[order[whole]], 1e-15)
+        return float(total)
+
+    def _room(self, widths: Ints) -> float:
+        """What the core leaves of the budget, all terms of the leaves taken out."""
+        spent = self._cost(widths)
+        for number in self._p._leaves:
+            item = self._p._items[number]
+            now = (item.choices == widths[list(item.groups)]).all(axis=1).argmax()
+            spent -= self._item_costs(item, widths)[now]
+        return self._keep - spent
+
+    def _knapsack(self, widths: Ints) -> Ints:
+        """Exact choice for every leaf over a binned budget, the core as it is."""
+        leaves = [self._p._items[number] for number in self._p._leaves]
+        room = self._room(widths)
+        if not leaves or room <= 0:
+            return widths
+        reach = np.zeros(BINS + 1)
+        taken = np.zeros((len(leaves), BINS + 1), dtype=np.int64)
+        for row, (number, item) in enumerate(zip(self._p._leaves, leaves, strict=True)):
+            cost, value = self._item_costs(item, widths), self._values[number]
+            steps = np.ceil(cost / room * BINS - 1e-9).astype(np.int64)
+            best = np.full(BINS + 1, -np.inf)
+            for choice in _undominated(steps, value):
+                step = int(steps[choice])
+                if step > BINS:
+                    continue
+                through = reach[: BINS + 1 - step] + value[choice]
+                better = through > best[step:]
+                best[step:][better] = through[better]
+                taken[row, step:][better] = choice
+            reach = best
+        if not np.isfinite(reach[BINS]):
+            return widths
+        return self._trace_back(widths, leaves, taken, room)
+
+    def _trace_back(self, widths: Ints, leaves: list[Item], taken: Ints, room: float) -> Ints:
+        widths, at = widths.copy(), BINS
+        for row in reversed(range(len(leaves))):
+            item, choice = leaves[row], int(taken[row, at])
+            cost = self._item_costs(item, widths)[choice]
+            widths[list(item.groups)] = item.choices[choice]
+            at -= int(np.ceil(cost / room * BINS - 1e-9))
+        return widths
+
+    def _fill(self, widths: Ints) -> Ints:
+        """Spend what is left of the budget, on the alignment first, in finer steps only where too much stays unused."""
+        if self._cost(widths) > self._keep:
+            widths = self._smallest_choice()
+        widths = self._raise(widths, self._p._units)
+        units = self._p._units
+        while units.max() > 1 and self._cost(widths) < self._keep * (1 - SLACK):
+            units = np.maximum(units // 2, 1)
+            widths = self._raise(widths, units, once=True)
+        if self._cost(widths) > self._keep:
+            raise BudgetError(f"no plan in steps of the alignment keeps at most {self._keep:.2%}; use --align 1")
+        return widths
+
+    def _raise(self, widths: Ints, units: Ints, *, once: bool = False) -> Ints:
+        """Widen the group that gives the most value and still fits; `once`: a single group, as far as it goes."""
+        widths = widths.copy()
+        while True:
+            candidates = self._wider(widths, units)
+            if not len(candidates):
+                return widths
+            costs = self._p.cost.counts(candidates) / self._p.cost.dense
+            fitting = candidates[costs <= self._keep]
+            if not len(fitting):
+                return widths
+            if once:
+                return np.asarray(fitting[int(costs[costs <= self._keep].argmax())])
+            gains = [sum(self._prefix[g][w] for g, w in enumerate(row)) for row in fitting.tolist()]
+            widths = np.asarray(fitting[int(np.argmax(gains))])
+
+    def _wider(self, widths: Ints, units: Ints) -> Ints:
+        """All plans with one group, or one empty branch, at any larger width."""
+        rows = []
+        for item in self._p._items:
+            now = widths[list(item.groups)]
+            if len(item.groups) > 1 and not now.any():
+                choices = np.minimum(units[list(item.groups)], self._p.graph.sizes[list(item.groups)])[None]
+                steps = [(item.groups, choice) for choice in choices]
+            else:
+                steps = [
+                    ((group,), np.array([width]))
+                    for group in item.groups
+                    for width in range(
+                        int(widths[group] // units[group] + 1) * int(units[group]),
+                        int(self._p.graph.sizes[group]) + 1,
+                        int(units[group]),
+                    )
+                ]
+            for groups, choice in steps:
+                row = widths.copy()
+                row[list(groups)] = choice
+                rows.append(row)
+        return np.array(rows, dtype=np.int64).reshape(-1, len(widths))
+
+
+def _undominated(cost: Floats | Ints, value: Floats) -> list[int]:
+    """Choices that no cheaper one matches in value, cheapest first."""
+    kept: list[int] = []
+    best = -np.inf
+    for choice in np.lexsort((-value, cost)).tolist():
+        if value[choice] > best:
+            kept.append(choice)
+            best = value[choice]
+    return kept
+
+
+def _hull(cost: Floats, value: Floats) -> list[int]:
+    """Corners of the upper concave hull of (cost, value), cheapest first."""
+    corners: list[int] = []
+    for choice in _undominated(cost, value):
+        while len(corners) > 1:
+            a, b = corners[-2], corners[-1]
+            if (value[b] - value[a]) * (cost[choice] - cost[a]) > (value[choice] - value[a]) * (cost[b] - cost[a]):
+                break
+            corners.pop()
+        corners.append(choice)
+    return corners

@@ -1,0 +1,254 @@
+"""The soft phase: a user's network with differentiable gates on it, whose budget falls while it trains."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from chipdeploy.chipnet.costs import BUDGETS, CostModel, SoftCost
+from chipdeploy.chipnet.gates import crisp_share, crispness, half_point, heaviside, logistic, rounding
+from chipdeploy.chipnet.project import Projector
+from chipdeploy.chipnet.schedule import Schedule
+from chipdeploy.errors import UsageError
+from chipdeploy.graph.channels import Mask
+from chipdeploy.graph.gating import Gating
+from chipdeploy.graph.plan import PrunePlan
+from chipdeploy.graph.trace import trace
+
+MARGIN = 3.0  # distance, in logits, of a wholly kept or wholly cut group from its gates' centre
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What stays: a share of one cost, e.g. Budget("flops", 0.3).
+
+    Raises:
+        UsageError: an unknown kind, or a share outside (0, 1).
+    """
+
+    kind: str
+    keep: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in BUDGETS:
+            raise UsageError(f"unknown budget {self.kind!r}; use one of {', '.join(BUDGETS)}")
+        if not 0.0 < self.keep < 1.0:
+            raise UsageError(f"--{self.kind} must lie between 0 and 1 (the share that stays), got {self.keep}; try 0.3")
+
+    @property
+    def cost(self) -> str:
+        """The cost that is limited, a name in COSTS."""
+        return BUDGETS[self.kind]
+
+
+class ChipNet(nn.Module):
+    """A network under soft pruning, for any training loop.
+
+        chip = ChipNet(model, example, Budget("flops", 0.3), steps=2000)
+        loss = chip.loss(F.cross_entropy(chip(images), labels)); loss.backward(); optimizer.step(); chip.step()
+        small = hard_prune(chip.folded(), chip.graph, chip.plan())
+
+    The user's optimizer trains `model`; the logits ψ are moved by `step`. The model's own tensors stay unscaled.
+
+    Raises:
+        ModelError: the model cannot be traced or has nothing to prune.
+        BudgetError: the budget is below the smallest connected network.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        budget: Budget,
+        *,
+        steps: int = 1000,
+        align: int = 16,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.budget = model, budget
+        self.schedule = schedule or Schedule()
+        self.graph = trace(model, example)
+        self.cost = CostModel.of(self.graph, budget.cost)
+        self.projector = Projector(self.graph, self.cost, align)
+        self.projector.check(budget.keep)
+        device = example.device
+        self._gating = Gating(self.graph, device)
+        self._soft_cost = SoftCost(self.cost, device)
+        self._steps, self._step = max(1, steps), 0
+        count = self.graph.channels
+        generator = torch.Generator().manual_seed(0)
+        # ψ starts in U[0, 0.01), as published; while the gates listen it is set from what they hear.
+        self.logits = nn.Parameter((torch.rand(count, generator=generator) * 0.01).to(device))
+        self.register_buffer("_heard", torch.zeros(count, device=device))
+        self.register_buffer("_shift", torch.zeros(count, device=device))
+        self.register_buffer("_goal", torch.zeros(count, device=device))
+        self.register_buffer("_group", torch.from_numpy(self.graph.group_of).to(device))
+        self.optimizer = torch.optim.AdamW(
+            [self.logits], lr=self.schedule.logit_rate, weight_decay=self.schedule.logit_decay
+        )
+        self._begun = False
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def progress(self) -> float:
+        """Share of the soft phase that is done, 0 to 1."""
+        return min(1.0, self._step / self._steps)
+
+    @property
+    def listening(self) -> bool:
+        """Whether all gates are still open."""
+        return self.schedule.projected and self.progress < self.schedule.listen
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The gated network's output."""
+        curve, gates = self._gates()
+        if gates.requires_grad:
+            gates.retain_grad()
+        self._last = (curve, gates)
+        scaled = self._gating(gates, dict(self.model.named_parameters()))
+        output: Tensor = torch.func.functional_call(self.model, scaled, inputs)
+        return output
+
+    def loss(self, task: Tensor) -> Tensor:
+        """task + α1 · crispness + α2 · (V − V0)², of the gates of the last forward pass."""
+        assert self._last is not None, "call the network before its loss"
+        if self.listening:
+            return task
+        curve, gates = self._last
+        gap = self._share(gates) - self.target()
+        return task + self.schedule.crispness_weight * crispness(curve, gates) + self.schedule.budget_weight * gap**2
+
+    def step(self) -> None:
+        """Move ψ and the schedule by one step; call it after the optimizer's own step."""
+        assert self._last is not None, "call the network before its step"
+        if self.listening:
+            self._hear()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._step += 1
+        if self.schedule.projected and not self.listening:
+            if not self._begun:
+                self._begin()
+            elif self._step % self.schedule.renew == 0:
+                self._project()
+            self._shift += 0.1 * (self._goal - self._shift)
+
+    def target(self) -> float:
+        """V0 at this step: the share that the soft network is to keep now."""
+        return self.schedule.keep_at(self.progress, self.budget.keep)
+
+    def gates(self) -> Tensor:
+        """z of every channel, [channels], detached."""
+        with torch.no_grad():
+            return self._gates()[1]
+
+    def soft_share(self) -> float:
+        """V(z): the share of the budget's cost that the soft network counts."""
+        with torch.no_grad():
+            return float(self._share(self._gates()[1]))
+
+    def crisp(self) -> float:
+        """Share of gates within 0.05 of 0 or 1."""
+        return float(crisp_share(self.gates()))
+
+    def plan(self) -> PrunePlan:
+        """The best plan under the budget, by ψ. Never over the budget."""
+        return PrunePlan.from_mask(self.graph, self._mask(self.budget.keep))
+
+    def folded(self) -> nn.Module:
+        """A copy of the model with the gates multiplied into its weights.
+
+        Cut this one, and nothing is lost but what the closed gates let through.
+        """
+        copied = copy.deepcopy(self.model)
+        parameters = dict(copied.named_parameters())
+        with torch.no_grad():
+            gates = torch.where(self._kept(), self.gates(), 1.0)
+            for name, scaled in self._gating(gates, parameters).items():
+                parameters[name].copy_(scaled)
+        return copied
+
+    def counters(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside the tensors."""
+        return {"step": self._step, "begun": self._begun}
+
+    def restore(self, counters: dict[str, Any]) -> None:
+        """Put back what `counters` gave."""
+        self._step, self._begun = int(counters["step"]), bool(counters["begun"])
+
+    def _kept(self) -> Tensor:
+        mask = self.plan().mask(self.graph)
+        return torch.from_numpy(mask).to(self.logits.device)
+
+    def _gates(self) -> tuple[Tensor, Tensor]:
+        if self.listening:
+            open_gates = torch.ones_like(self.logits, requires_grad=True)
+            return open_gates, open_gates
+        beta, gamma = self.schedule.beta_at(self.progress), self.schedule.gamma_at(self.progress)
+        if not self.schedule.projected:
+            curve = logistic(self.logits, beta)
+            return curve, heaviside(curve, gamma)
+        curve = logistic(self.logits + self._shift, beta, -half_point(beta, gamma))
+        return curve, heaviside(curve, gamma)
+
+    def _share(self, gates: Tensor) -> Tensor:
+        soft = rounding(gates, self.schedule.kappa_at(self.progress))
+        widths = soft.new_zeros(len(self.graph.groups)).index_add(0, self._group, soft)
+        return self._soft_cost(widths, self._gating.alive(soft))
+
+    def _hear(self) -> None:
+        """Importance of a channel: the mean square of ∂loss/∂z at z = 1 (Molchanov et al., CVPR 2019, eq. 8)."""
+        assert self._last is not None
+        gradient = self._last[1].grad
+        if gradient is not None:
+            self._heard += gradient.square()
+
+    def _begin(self) -> None:
+        """ψ = ½ ln importance, so that e^{2ψ} is the importance that was heard."""
+        heard = self._heard / self._heard.mean().clamp_min(1e-30)
+        with torch.no_grad():
+            self.logits.copy_(0.5 * torch.log(heard + 1e-6) + self.logits)
+        self._begun = True
+        self._project()
+        self._shift.copy_(self._goal)
+
+    def scores(self) -> np.ndarray:
+        """Value of every channel for the projection, float64 [channels]; rising in ψ, so ψ alone ranks."""
+        logits = self.logits.detach().double().cpu().numpy()
+        return np.exp(2.0 * np.clip(logits, -30.0, 30.0))
+
+    def _mask(self, keep: float) -> Mask:
+        return self.projector.project(self.scores(), keep)
+
+    def _project(self) -> None:
+        """Renew the plan under the falling budget, and where every gate's centre is to go."""
+        keep = self.target()
+        if keep >= 1.0:
+            mask = np.ones(self.graph.channels, dtype=np.bool_)
+        else:
+            mask = self._mask(keep)
+        self._goal.copy_(torch.from_numpy(self._centres(mask)).to(self._goal))
+
+    def _centres(self, mask: Mask) -> np.ndarray:
+        """−threshold of every channel's group, plus a gap that grows with progress and so makes the gates crisp."""
+        logits = self.logits.detach().double().cpu().numpy()
+        goal = np.empty(self.graph.channels)
+        gap = self.progress
+        for group in range(len(self.graph.groups)):
+            span = self.graph.span(group)
+            values, kept = logits[span], mask[span]
+            if kept.all():
+                threshold = values.min() - MARGIN
+            elif not kept.any():
+                threshold = values.max() + MARGIN
+            else:
+                threshold = (values[kept].min() + values[~kept].max()) / 2
+            goal[span] = np.where(kept, gap, -gap) - threshold
+        return goal

@@ -1,0 +1,101 @@
+"""Settings of the commands that train: checked, complete, and written into the run."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from chipdeploy.errors import UsageError
+
+PREFIX = "CHIPDEPLOY_"
+# Environment variables of this prefix that are no settings.
+NOT_SETTINGS = frozenset({"DEBUG"})
+
+
+class TrainConfig(BaseModel):
+    """What a dense training depends on. None takes the recipe's value."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = "resnet20"
+    data: str = "fashion-mini"
+    data_root: str | None = None
+    image_size: int | None = Field(default=None, ge=1)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    recipe: str = "default"
+    train_epochs: int | None = Field(default=None, ge=1)
+    batch: int | None = Field(default=None, ge=1)
+    lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    device: str = "auto"
+
+
+class PruneConfig(TrainConfig):
+    """What a pruning run depends on."""
+
+    kind: str = "flops"
+    keep: float = 0.3
+    weights: str | None = None
+    align: int = Field(default=16, ge=1)
+    soft_epochs: int | None = Field(default=None, ge=1)
+    finetune_epochs: int | None = Field(default=None, ge=0)
+
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def settings(
+    schema: type[TrainConfig], flags: Mapping[str, Any], file: Path | None, environment: Mapping[str, str] = os.environ
+) -> dict[str, Any]:
+    """Flags over CHIPDEPLOY_* over a TOML file over defaults; flags that are None were not given.
+
+    Raises:
+        UsageError: an unknown key or a value out of range, naming the key.
+    """
+    known = list(schema.model_fields)
+    merged: dict[str, Any] = {}
+    for source, values in (("file", _from_file(file)), ("environment", _from_environment(environment))):
+        for key, value in values.items():
+            if key not in known:
+                raise UsageError(f"unknown setting {key!r} in the {source}{_guess(key, known)}")
+            merged[key] = value
+    merged |= {key: value for key, value in flags.items() if value is not None}
+    return merged
+
+
+def build(schema: type[Config], values: Mapping[str, Any]) -> Config:
+    """A checked configuration. Raises UsageError for the first value out of range."""
+    try:
+        return schema(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = "--" + str(first["loc"][0]).replace("_", "-")
+        raise UsageError(f"{key}: {first['msg'].lower()}, got {first['input']!r}") from error
+
+
+def _from_file(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        return {key.replace("-", "_"): value for key, value in tomllib.loads(file.read_text(encoding="utf-8")).items()}
+    except FileNotFoundError as error:
+        raise UsageError(f"no settings file {file}; give an existing TOML file with --config") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{file} is no TOML file: {error}") from error
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    names = [name for name in environment if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in NOT_SETTINGS]
+    return {name.removeprefix(PREFIX).lower(): environment[name] for name in sorted(names)}
+
+
+def _guess(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -1,0 +1,292 @@
+"""A trained network as one ONNX file: any batch size, fp32, nothing of this machine in it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import io
+import logging
+import os
+import re
+import site
+import sys
+import sysconfig
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata as distributions
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from chipdeploy.errors import ExportError, UsageError
+
+OPSET = 20
+CAUSE_LENGTH = 200  # characters of a foreign error that are shown
+INPUT, OUTPUT, BATCH = "images", "logits", "batch"
+LOGGERS = ("torch", "torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir")
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """An exported network on disk.
+
+    Args:
+        path: the file.
+        sha256: of its bytes, in hexadecimal.
+        bytes: its size.
+        ops: nodes of the graph.
+        op_types: how many nodes there are of each type.
+    """
+
+    path: Path
+    sha256: str
+    bytes: int
+    ops: int
+    op_types: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, with the file's name in place of its path."""
+        return {
+            "file": self.path.name,
+            "sha256": self.sha256,
+            "bytes": self.bytes,
+            "ops": self.ops,
+            "op_types": dict(self.op_types),
+        }
+
+
+def export_onnx(
+    model: nn.Module,
+    example: Tensor,
+    path: Path,
+    *,
+    max_batch: int = 64,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> OnnxFile:
+    """Write `model` in eval mode to `path`, with a free batch size from 1 to `max_batch`. The model stays as it is.
+
+    Args:
+        example: images [N, C, H, W] of the size that the network will see; N does not matter.
+        metadata: written into the file beside our version. Local folders in its values are cut off.
+
+    Raises:
+        UsageError: `max_batch` below 2.
+        ExportError: any step failed, or the file would hold a path of this machine. Nothing is left behind, and a file
+            that was at `path` before is untouched.
+    """
+    if max_batch < 2:
+        raise UsageError(f"max_batch must be at least 2 for a free batch size, got {max_batch}")
+    program = _traced(model, example, max_batch)
+    proto = _converted(program)
+    with _step("clean the ONNX graph"):
+        _strip(proto)
+        _describe(proto, metadata)
+        _check_shapes(proto)
+        _check_no_paths(proto)
+    content = _write(proto, path)
+    op_types = dict(sorted(Counter(node.op_type for node in proto.graph.node).items()))
+    return OnnxFile(path, hashlib.sha256(content).hexdigest(), len(content), len(proto.graph.node), op_types)
+
+
+def model_digest(path: Path) -> str:
+    """sha256 of a file, in hexadecimal.
+
+    Raises:
+        ExportError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ExportError(f"cannot read {path.name}: {error.strerror}; export the network again") from error
+
+
+def check_digest(path: Path, sha256: str) -> None:
+    """Refuse a file whose bytes are not those that were exported.
+
+    Raises:
+        ExportError: the file is missing or was edited.
+    """
+    got = model_digest(path)
+    if got != sha256:
+        raise ExportError(
+            f"{path.name} was edited since export (sha256 {got[:12]}, expected {sha256[:12]}); export the network again"
+        )
+
+
+def _traced(model: nn.Module, example: Tensor, max_batch: int) -> ExportedProgram:
+    """The network as an ATen graph, without the leftovers of removed branches."""
+    from chipdeploy.graph.simplify import remove_dead_branches
+
+    with _step("trace the network"), _quiet():
+        network = copy.deepcopy(model).cpu().float().eval()
+        # A batch of 1 would be taken for a constant.
+        images = example.detach().cpu().float()[:2].clone()
+        images = images if len(images) == 2 else torch.cat([images, images])
+        batch = torch.export.Dim(BATCH, min=1, max=max_batch)
+        return remove_dead_branches(torch.export.export(network, (images,), dynamic_shapes=({0: batch},)))
+
+
+def _converted(program: ExportedProgram) -> Any:
+    """The program as an `onnx.ModelProto`, with names that tools can rely on."""
+    with _step("convert the network to ONNX"), _quiet():
+        converted = torch.onnx.export(
+            program,
+            dynamo=True,
+            optimize=True,  # The TensorRT parser needs the folded graph.
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: BATCH},),
+            external_data=False,
+            verbose=False,
+        )
+        if converted is None:
+            raise RuntimeError("torch.onnx.export returned nothing")
+        return converted.model_proto
+
+
+def _strip(message: Any) -> None:
+    """Clear doc strings and metadata of a protobuf message and all in it: they hold stack traces and local paths."""
+    for name in ("metadata_props", "doc_string"):
+        if name in message.DESCRIPTOR.fields_by_name:
+            message.ClearField(name)
+    for child in _children(message):
+        _strip(child)
+
+
+def _children(message: Any) -> Iterator[Any]:
+    for descriptor, value in message.ListFields():
+        if descriptor.type == descriptor.TYPE_MESSAGE:
+            yield from [value] if hasattr(value, "DESCRIPTOR") else value
+
+
+def _describe(proto: Any, metadata: Mapping[str, str]) -> None:
+    """Write what the file is: the caller's own lines, and our version."""
+    version = {"chipdeploy_version": _version()}
+    for key, value in sorted({**metadata, **version}.items()):
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, _without_folders(value)
+
+
+def _check_shapes(proto: Any) -> None:
+    """One input and one output, both with a free batch size of the same name."""
+    for what, values, name in (("input", proto.graph.input, INPUT), ("output", proto.graph.output, OUTPUT)):
+        if [value.name for value in values] != [name]:
+            raise ExportError(f"the network needs one {what} tensor, got {len(values)}; wrap it so that it has one")
+        dims = values[0].type.tensor_type.shape.dim
+        if not dims or dims[0].dim_param != BATCH:
+            raise ExportError(f"the {what} has no free batch size; remove code that fixes the batch in the network")
+
+
+def _local_paths() -> re.Pattern[str]:
+    """Matches a path below a folder of this machine that nobody else should read about, down to its last separator.
+
+    These are the home, working, temporary and Python's own folders; the root of the file system is no name.
+    """
+    paths = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), Path(sys.prefix), Path(sys.base_prefix)}
+    paths |= {Path(folder) for folder in (*sysconfig.get_paths().values(), *site.getsitepackages(), *sys.path)}
+    folders = {str(path) for path in paths if path.is_absolute() and len(path.parts) > 1}
+    longest_first = sorted(folders, key=lambda folder: (-len(folder), folder))
+    return re.compile(rf"(?:{'|'.join(map(re.escape, longest_first))})[/\\](?:[^\s'\":,;]*[/\\])?")
+
+
+def _without_folders(text: str) -> str:
+    """Cut local folders off the paths in a text: `~/nets/mine.py:small`, written out, becomes `mine.py:small`."""
+    return _local_paths().sub("", text)
+
+
+def _check_no_paths(proto: Any) -> None:
+    """No string of the graph may hold a path of this machine. Raw weights are not strings and are not searched."""
+    pattern = _local_paths()
+    for text in _strings(proto):
+        if found := pattern.search(text):
+            raise ExportError(
+                f"the graph holds the local path {found.group()!r}; rename what carries it and export again"
+            )
+
+
+def _strings(message: Any) -> Iterator[str]:
+    """Every text in a protobuf message, byte strings but raw tensor data included."""
+    for descriptor, value in message.ListFields():
+        if descriptor.type == descriptor.TYPE_STRING:
+            yield from [value] if isinstance(value, str) else value
+        elif descriptor.type == descriptor.TYPE_BYTES and descriptor.name != "raw_data":
+            for text in [value] if isinstance(value, bytes) else value:
+                yield text.decode(errors="replace")
+    for child in _children(message):
+        yield from _strings(child)
+
+
+def _write(proto: Any, path: Path) -> bytes:
+    """Check the graph in full, then put it at `path` in one step."""
+    import onnx
+
+    with _step("check the ONNX graph"):
+        content: bytes = proto.SerializeToString(deterministic=True)
+        onnx.checker.check_model(content, full_check=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror}; free it or choose another folder") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return content
+
+
+def _version() -> str:
+    try:
+        return distributions.version("chipdeploy")
+    except distributions.PackageNotFoundError:  # Run from a source tree.
+        return "unknown"
+
+
+@contextlib.contextmanager
+def _step(what: str) -> Iterator[None]:
+    """Turn whatever torch, onnx or the disk raises into one line that names the step and the cause."""
+    try:
+        yield
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(f"could not {what}: {_cause(error)}; change the network or report this") from error
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost error in one line: torch wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(list(filter(None, map(str.strip, str(error).splitlines())))[:2])
+    short = text if len(text) <= CAUSE_LENGTH else f"{text[:CAUSE_LENGTH]}..."
+    return f"{type(error).__name__}: {short}" if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the advice of torch's exporters off the terminal: what matters of it is raised as an error."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        silence = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stderr(silence), contextlib.redirect_stdout(silence):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,61 @@
+"""Gates on a network that is not cut yet: each consumer's input weights are scaled by the gates of what it reads.
+
+Whatever lies between a channel's producers and its consumers treats channels alone, so z · activation equals z · weight.
+A branch whose groups are all closed yields nothing at all: its last affine is scaled too, or its bias would stay behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from chipdeploy.graph.channels import KEPT, ChannelGraph
+
+
+class Gating:
+    """Applies a gate vector [channels] to a network's tensors. The gather over all layers is one op."""
+
+    def __init__(self, graph: ChannelGraph, device: torch.device | str = "cpu") -> None:
+        self._slots = graph.gated_slots
+        self._sizes = [len(slot.index) for slot in self._slots]
+        always = graph.channels  # position of the constant 1 behind the gates
+        index = np.concatenate([np.zeros(0, np.int64), *(slot.index for slot in self._slots)])
+        self._index = torch.from_numpy(np.where(index == KEPT, always, index)).to(device)
+        self._tails = [(name, i) for i, branch in enumerate(graph.branches) for name in branch.tail]
+        inside = [(c, i) for i, branch in enumerate(graph.branches) for g in branch.groups for c in _channels(graph, g)]
+        self._inside = torch.tensor(inside, dtype=torch.int64, device=device).reshape(-1, 2)
+        self._branches = len(graph.branches)
+
+    def __call__(self, gates: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The scaled tensors by name, for `torch.func.functional_call`. gates: [channels] in [0, 1]."""
+        scaled: dict[str, Tensor] = {}
+        factors = torch.cat([gates, gates.new_ones(1)])[self._index].split(self._sizes) if self._slots else ()
+        for slot, factor in zip(self._slots, factors, strict=True):
+            tensor = scaled.get(slot.tensor, tensors[slot.tensor])
+            view = [1] * tensor.dim()
+            view[slot.dim] = -1
+            scaled[slot.tensor] = tensor * factor.view(view)
+        if self._tails:
+            alive = self.alive(gates).unbind()
+            for name, branch in self._tails:
+                scaled[name] = scaled.get(name, tensors[name]) * alive[branch]
+        return scaled
+
+    def alive(self, gates: Tensor) -> Tensor:
+        """The widest open gate inside every branch, [branches]."""
+        channel, branch = self._inside.unbind(1)
+        return gates.new_zeros(self._branches).scatter_reduce(0, branch, gates[channel], "amax")
+
+
+def gated_call(model: nn.Module, gating: Gating, gates: Tensor, *inputs: Tensor) -> Tensor:
+    """Run `model` with its tensors scaled by `gates`; the model itself stays as it is."""
+    output: Tensor = torch.func.functional_call(model, gating(gates, dict(model.named_parameters())), inputs)
+    return output
+
+
+def _channels(graph: ChannelGraph, group: int) -> range:
+    span = graph.span(group)
+    return range(span.start, span.stop)

@@ -1,0 +1,64 @@
+"""Takes the leftovers of removed branches out of an exported program, so that no op of them is deployed."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from chipdeploy.graph.rules.base import op_name
+
+ZEROS = frozenset({"new_zeros", "zeros", "zeros_like"})
+KEEPS_ZERO = frozenset({"relu", "relu6", "dropout", "hardtanh", "leaky_relu", "clone", "contiguous"})
+
+
+def remove_dead_branches(program: ExportedProgram) -> ExportedProgram:
+    """Drop sums with zeros, empty parts of concatenations and pads by nothing, then all that nobody reads.
+
+    Works on the program in place and returns it.
+    """
+    zeros: set[Node] = set()
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = op_name(node)
+        if name in ZEROS or (name in KEEPS_ZERO and node.args[0] in zeros):
+            zeros.add(node)
+        elif (other := _same_as(node, name, zeros)) is not None:
+            node.replace_all_uses_with(other)
+        elif name == "cat":
+            _drop_empty(node)
+    program.graph.eliminate_dead_code(is_impure_node=_must_stay)
+    program.graph_module.recompile()
+    return program
+
+
+def _same_as(node: Node, name: str, zeros: set[Node]) -> Node | None:
+    """The operand that a node merely repeats."""
+    if name == "add" and len(node.all_input_nodes) == 2:
+        for zero, other in (node.all_input_nodes, reversed(node.all_input_nodes)):
+            if zero in zeros and _shape(other) == _shape(node):
+                return other
+    if name in ("pad", "constant_pad_nd") and not any(cast("list[int]", node.args[1])):
+        return cast(Node, node.args[0])
+    return None
+
+
+def _drop_empty(node: Node) -> None:
+    parts = [part for part in cast("list[Node]", node.args[0]) if 0 not in _shape(part)]
+    if len(parts) == 1:
+        node.replace_all_uses_with(parts[0])
+    elif parts:
+        node.args = (parts, *node.args[1:])
+
+
+def _shape(node: Node) -> tuple[object, ...]:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _must_stay(node: Node) -> bool:
+    # An in-place op whose result nobody reads is dead too: what it wrote to is dead with it.
+    return node.op in ("placeholder", "output") or (node.op == "call_function" and "assert" in op_name(node))

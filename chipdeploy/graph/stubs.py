@@ -1,0 +1,61 @@
+"""What stands in for the modules of a branch that is gone: tensors with no channels, and zeros."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+
+class NoChannels(nn.Module):
+    """A layer whose outputs were all cut: [N, *, H, W] ▶ [N, 0, H', W']."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.geometry = _Geometry.of(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(self.geometry.shape(x, 0))
+
+
+class Zeros(nn.Module):
+    """A layer whose inputs were all cut: [N, 0, H, W] ▶ zeros [N, channels, H', W']. The export drops the sum."""
+
+    def __init__(self, layer: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.geometry = _Geometry.of(layer)
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(self.geometry.shape(x, self.channels))
+
+
+class _Geometry:
+    """Output shape of a convolution, linear or norm layer, for a given input."""
+
+    def __init__(self, windows: tuple[tuple[int, int, int, int], ...] | None, last: bool) -> None:
+        self._windows = windows  # kernel, stride, padding before + after, dilation for each spatial dimension
+        self._last = last  # channels along the last dimension
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> _Geometry:
+        if isinstance(layer, nn.Linear):
+            return cls(None, last=True)
+        if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return cls(None, last=False)
+        padding = [2 * p for p in cast("tuple[int, ...]", layer.padding)] if layer.padding != "valid" else None
+        if layer.padding == "same":
+            padding = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        padding = padding or [0] * len(layer.kernel_size)
+        return cls(tuple(zip(layer.kernel_size, layer.stride, padding, layer.dilation, strict=True)), last=False)
+
+    def shape(self, x: Tensor, channels: int) -> tuple[int, ...]:
+        if self._last:
+            return (*x.shape[:-1], channels)
+        sizes = tuple(x.shape[2:])
+        if self._windows is not None:
+            sizes = tuple(
+                (size + p - d * (k - 1) - 1) // s + 1
+                for size, (k, s, p, d) in zip(sizes, self._windows, strict=True)
+            )
+        return (x.shape[0], channels, *sizes)

@@ -1,0 +1,67 @@
+"""The cut: a smaller copy of the user's own module, with the same class and the same state-dict names."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from chipdeploy.graph.channels import KEPT, ChannelGraph, Mask
+from chipdeploy.graph.plan import PrunePlan, dead_branches, group_widths
+from chipdeploy.graph.stubs import NoChannels, Zeros
+
+
+def hard_prune(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> nn.Module:
+    """A copy of `model` without the channels and branches that `plan` drops; `model` stays as it is.
+
+    Raises:
+        InputError: the plan does not fit the graph, or would cut the network in two.
+    """
+    mask = plan.mask(graph)
+    small = copy.deepcopy(model)
+    _slice_tensors(small, graph, mask)
+    for count in graph.counts:
+        setattr(small.get_submodule(count.module), count.attribute, int(_alive(count.index, mask).sum()))
+    for number in dead_branches(graph, group_widths(graph, mask)):
+        for path, kind in graph.branches[number].stubs:
+            small.set_submodule(path, _stub(small.get_submodule(path), kind))
+    return small
+
+
+def _alive(index: np.ndarray, mask: Mask) -> Mask:
+    return (index == KEPT) | mask[index]
+
+
+def _slice_tensors(model: nn.Module, graph: ChannelGraph, mask: Mask) -> None:
+    """Drop the dead positions of every parameter and buffer; gradients' flags and sharing stay."""
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    smaller: dict[str, Tensor] = {}
+    for slot in graph.slots:
+        alive = _alive(slot.index, mask)
+        if not alive.all():
+            keep = torch.from_numpy(np.flatnonzero(alive))
+            whole = smaller.get(slot.tensor, tensors[slot.tensor].detach())
+            smaller[slot.tensor] = whole.index_select(slot.dim, keep.to(whole.device))
+    replaced = {id(tensors[name]): _like(tensors[name], cut) for name, cut in smaller.items()}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if id(tensor) in replaced:
+                    store[name] = replaced[id(tensor)]  # type: ignore[assignment]
+
+
+def _like(tensor: Tensor, values: Tensor) -> Tensor:
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(values, requires_grad=tensor.requires_grad)
+    return values
+
+
+def _stub(module: nn.Module, kind: str) -> nn.Module:
+    if kind == "pass":
+        return nn.Identity()
+    if kind == "none":
+        return NoChannels(module)
+    channels = getattr(module, "out_channels", None)
+    return Zeros(module, int(channels if channels is not None else module.out_features))  # type: ignore[arg-type]

@@ -1,0 +1,397 @@
+"""Two networks timed against each other: interleaved in one process, beside a control that should find nothing."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chipdeploy.errors import RunError, UsageError
+
+SCHEMA = 1
+POSITION_S = 2e-3  # A position lasts at least this long, so that a timer tick is a small part of it.
+WARM_UP_S = 0.2
+MAX_RUNS = 200  # Inferences in a position at most ...
+MAX_BLOCKS = 2000  # ... and blocks: the raw times of a network that does almost nothing must still fit a file.
+RESAMPLES = 2000
+P90_SAMPLES, P99_SAMPLES = 64, 662  # MLPerf's floors: below them a percentile is noise.
+CONTROL_BIAS = 0.05
+CONTROL_SPREAD = 0.25
+PACKAGES = ("chipdeploy", "torch", "onnxruntime", "onnxruntime-gpu", "numpy")
+
+Times = tuple[tuple[float, ...], ...]
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Raw times of two networks and of a control; every statistic is recomputed from them.
+
+    Args:
+        batch: images an inference.
+        dense_s, pruned_s, control_s: seconds of every single inference, a tuple a block. The control is the dense
+            network once more.
+        environment: what `environment` said before, and the load after.
+        seed: of the bootstrap.
+    """
+
+    batch: int
+    dense_s: Times
+    pruned_s: Times
+    control_s: Times
+    environment: Mapping[str, Any]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        blocks = {len(self.dense_s), len(self.pruned_s), len(self.control_s)}
+        if len(blocks) != 1 or blocks == {0}:
+            raise RunError(f"a comparison needs equally many blocks of each network, got {sorted(blocks)}; bench again")
+        for times in (*self.dense_s, *self.pruned_s, *self.control_s):
+            if not all(math.isfinite(t) and t >= 0 for t in times) or sum(times) <= 0:
+                raise RunError("a comparison holds a block without a positive time; bench again")
+
+    @cached_property
+    def dense_ms(self) -> float:
+        """Median milliseconds of a dense inference, of the whole batch."""
+        return _median_ms(self.dense_s)
+
+    @cached_property
+    def pruned_ms(self) -> float:
+        """Median milliseconds of a pruned inference, of the whole batch."""
+        return _median_ms(self.pruned_s)
+
+    @cached_property
+    def ratios(self) -> NDArray[np.float64]:
+        """Mean pruned time over mean dense time, of each block [blocks]."""
+        return _ratios(self.pruned_s, self.dense_s)
+
+    @cached_property
+    def control_ratios(self) -> NDArray[np.float64]:
+        """The same of the control over the dense network [blocks]: 1, but for noise."""
+        return _ratios(self.control_s, self.dense_s)
+
+    @cached_property
+    def ratio(self) -> float:
+        """Median over blocks of pruned / dense: below 1 is faster."""
+        return float(np.median(self.ratios))
+
+    @cached_property
+    def ratio_interval(self) -> Interval:
+        """95 % bootstrap interval of `ratio`."""
+        return bootstrap_interval(self.ratios, self.seed)
+
+    @cached_property
+    def control_ratio(self) -> float:
+        """Median over blocks of control / dense."""
+        return float(np.median(self.control_ratios))
+
+    @cached_property
+    def control_interval(self) -> Interval:
+        """95 % bootstrap interval of `control_ratio`."""
+        return bootstrap_interval(self.control_ratios, self.seed)
+
+    @cached_property
+    def control_spread(self) -> float:
+        """Interquartile range of the control's ratios over their median: how far apart two equal blocks are."""
+        low, high = np.percentile(self.control_ratios, (25, 75))
+        return float((high - low) / self.control_ratio)
+
+    @property
+    def faster(self) -> bool:
+        """Whether the whole interval lies below 1; anything less is no speedup."""
+        return self.ratio_interval[1] < 1
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the control says that these times cannot be trusted."""
+        return bool(self.noise)
+
+    @property
+    def noise(self) -> str:
+        """Why the times cannot be trusted; empty where they can."""
+        low, high = self.control_interval
+        if low > 1 + CONTROL_BIAS or high < 1 - CONTROL_BIAS:
+            return f"the dense network against itself took {self.control_ratio:.2f} of its time"
+        if self.control_spread > CONTROL_SPREAD:
+            return f"equal blocks of the dense network lie {self.control_spread:.0%} apart"
+        return ""
+
+    def percentiles_ms(self, network: str) -> dict[str, float]:
+        """p50, p90 and p99 of `dense`, `pruned` or `control`, in ms an inference; those with too few samples absent."""
+        times = _flat({"dense": self.dense_s, "pruned": self.pruned_s, "control": self.control_s}[network])
+        floors = {50: 1, 90: P90_SAMPLES, 99: P99_SAMPLES}
+        return {f"p{p}": float(np.percentile(times, p)) * 1e3 for p, floor in floors.items() if times.size >= floor}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: the raw times, and the statistics for whoever reads the file without this package."""
+        return {
+            "schema": SCHEMA,
+            "batch": self.batch,
+            "seed": self.seed,
+            "statistics": self._statistics(),
+            "environment": dict(self.environment),
+            "dense_s": [list(times) for times in self.dense_s],
+            "pruned_s": [list(times) for times in self.pruned_s],
+            "control_s": [list(times) for times in self.control_s],
+        }
+
+    def _statistics(self) -> dict[str, Any]:
+        return {
+            "blocks": len(self.dense_s),
+            "dense_ms": self.dense_ms,
+            "pruned_ms": self.pruned_ms,
+            "ratio": self.ratio,
+            "ratio_interval": list(self.ratio_interval),
+            "control_ratio": self.control_ratio,
+            "control_interval": list(self.control_interval),
+            "control_spread": self.control_spread,
+            "faster": self.faster,
+            "noisy": self.noisy,
+            "noise": self.noise,
+            "dense_percentiles_ms": self.percentiles_ms("dense"),
+            "pruned_percentiles_ms": self.percentiles_ms("pruned"),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Comparison:
+        """Read what `to_dict` wrote; the statistics in it are ignored.
+
+        Raises:
+            RunError: another schema, or values that are missing or of the wrong kind.
+        """
+        if data.get("schema") != SCHEMA:
+            raise RunError(f"a comparison of schema {data.get('schema')!r}, expected {SCHEMA}; bench again")
+        try:
+            return cls(
+                batch=int(data["batch"]),
+                dense_s=_times(data["dense_s"]),
+                pruned_s=_times(data["pruned_s"]),
+                control_s=_times(data["control_s"]),
+                environment=dict(data["environment"]),
+                seed=int(data["seed"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"a damaged comparison ({type(error).__name__}: {error}); bench again") from error
+
+
+def compare(
+    dense: Callable[[], object],
+    pruned: Callable[[], object],
+    *,
+    batch: int,
+    min_blocks: int = 30,
+    seconds: float = 5.0,
+    seed: int = 0,
+    on_block: Callable[[int, int], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Comparison:
+    """Time one inference of `pruned` against one of `dense`, and `dense` against itself.
+
+    A block is A B C C B A, where B is the pruned network and A and C are the dense one: a drift of the machine falls
+    on all three alike. A and C swap roles from block to block, so that the control differs from the dense network in
+    nothing. Each position repeats its network until about 2 ms are full.
+
+    Args:
+        dense, pruned: run one inference of `batch` images and wait until it is done.
+        min_blocks: at least so many blocks (rounded up to even), however long they take.
+        seconds: about how long to measure, beyond the warm-up.
+        on_block: told (blocks done, blocks in all) after each block.
+        clock: seconds, from any start.
+
+    Raises:
+        UsageError: `batch` or `min_blocks` below 1, or `seconds` that are not positive.
+    """
+    if batch < 1 or min_blocks < 1 or not 0 < seconds < math.inf:
+        raise UsageError(
+            f"batch, min_blocks and seconds must be positive, got {batch}, {min_blocks} and {seconds}; try 1, 30 and 5"
+        )
+    before = environment()
+    once = {"dense": _warm_up(dense, clock), "pruned": _warm_up(pruned, clock)}
+    runs = {name: _runs(seconds_once) for name, seconds_once in once.items()}
+    blocks = _block_count(4 * runs["dense"] * once["dense"] + 2 * runs["pruned"] * once["pruned"], min_blocks, seconds)
+    first, second, middle = [], [], []
+    with _no_garbage_collection():
+        for done in range(1, blocks + 1):
+            outer, inner, centre = _block(dense, pruned, runs, clock)
+            first.append(outer if done % 2 else inner)
+            second.append(inner if done % 2 else outer)
+            middle.append(centre)
+            if on_block:
+                on_block(done, blocks)
+    return Comparison(
+        batch=batch,
+        dense_s=tuple(first),
+        pruned_s=tuple(middle),
+        control_s=tuple(second),
+        environment={**before, "load_after": _load()},
+        seed=seed,
+    )
+
+
+def headline(comparison: Comparison) -> str:
+    """The first line of any report: how much faster, or plainly that it is not."""
+    ratio, (low, high) = comparison.ratio, comparison.ratio_interval
+    # Two digits, unless they would round a real difference to "1.00".
+    digits = 2 if all(abs(value - 1) >= 0.005 for value in (ratio, low, high)) else 3
+    range_ = f"95 % {low:.{digits}f}-{high:.{digits}f}, batch {comparison.batch}"
+    if comparison.faster:
+        line = f"pruned is {1 / ratio:.2f}x faster ({ratio:.{digits}f} of the dense time, {range_})"
+    else:
+        line = f"NOT faster: pruned takes {ratio:.{digits}f} of the dense time ({range_})"
+    return f"{line}; noisy: {comparison.noise}" if comparison.noisy else line
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the packages, as JSON values. No host, user or path is named; no package is imported."""
+    cpu, cores, threads = _cpu_model(), _cores(), _threads()
+    gpu = "an NVIDIA GPU" if Path("/dev/nvidia0").exists() else "no GPU"
+    return {
+        "machine": f"{cpu}, {cores} core{'s' if cores > 1 else ''}, {gpu}",
+        "cpu": cpu,
+        "cores": cores,
+        "threads": threads,
+        "frequency_mhz": _frequency_mhz(),
+        "load_before": _load(),
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+    }
+
+
+def bootstrap_interval(values: NDArray[np.float64], seed: int) -> Interval:
+    """95 % percentile-bootstrap interval of the median of `values` [n]: n drawn with replacement, 2000 times."""
+    draws = np.random.default_rng(seed).integers(0, values.size, (RESAMPLES, values.size))
+    low, high = np.percentile(np.median(values[draws], axis=1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _block(
+    dense: Callable[[], object], pruned: Callable[[], object], runs: Mapping[str, int], clock: Callable[[], float]
+) -> tuple[tuple[float, ...], ...]:
+    """Seconds of every inference of A, C and B in one block A B C C B A."""
+    a1 = _position(dense, runs["dense"], clock)
+    b1 = _position(pruned, runs["pruned"], clock)
+    c1 = _position(dense, runs["dense"], clock)
+    c2 = _position(dense, runs["dense"], clock)
+    b2 = _position(pruned, runs["pruned"], clock)
+    a2 = _position(dense, runs["dense"], clock)
+    return a1 + a2, c1 + c2, b1 + b2
+
+
+def _position(run: Callable[[], object], runs: int, clock: Callable[[], float]) -> tuple[float, ...]:
+    """Seconds of each of `runs` inferences, to the nanosecond."""
+    times = []
+    for _ in range(runs):
+        before = clock()
+        run()
+        times.append(round(clock() - before, 9))
+    return tuple(times)
+
+
+def _warm_up(run: Callable[[], object], clock: Callable[[], float]) -> float:
+    """Run until caches and clocks have settled; returns the median seconds of an inference."""
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < WARM_UP_S and len(times) < 1000):
+        times.extend(_position(run, 1, clock))
+    return float(np.median(times))
+
+
+def _runs(seconds_once: float) -> int:
+    """Inferences in a position."""
+    return min(MAX_RUNS, math.ceil(POSITION_S / max(seconds_once, 1e-9)))
+
+
+def _block_count(block_s: float, min_blocks: int, seconds: float) -> int:
+    """Blocks that fill `seconds`; even, so that A and C are each the control equally often."""
+    wanted = max(min_blocks, min(MAX_BLOCKS, math.ceil(seconds / max(block_s, 1e-9))))
+    return wanted + wanted % 2
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A collection inside one position would be charged to the network that happened to run."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _ratios(numerator: Times, denominator: Times) -> NDArray[np.float64]:
+    return np.array([np.mean(a) / np.mean(b) for a, b in zip(numerator, denominator, strict=True)])
+
+
+def _flat(times: Times) -> NDArray[np.float64]:
+    return np.concatenate([np.asarray(block, dtype=np.float64) for block in times])
+
+
+def _median_ms(times: Times) -> float:
+    return float(np.median(_flat(times))) * 1e3
+
+
+def _times(data: Sequence[Sequence[float]]) -> Times:
+    return tuple(tuple(float(t) for t in block) for block in data)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _cpu_model() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _frequency_mhz() -> float | None:
+    """Of the first core, now; None where the system does not say."""
+    try:
+        return round(float(_cpuinfo("cpu MHz")))
+    except ValueError:
+        return None
+
+
+def _cpuinfo(key: str) -> str:
+    """The first value of a key in Linux's /proc/cpuinfo; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
+
+
+def _threads() -> int:
+    """Hardware threads that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cores() -> int:
+    """Physical cores of the machine."""
+    import psutil  # type: ignore[import-untyped]
+
+    return psutil.cpu_count(logical=False) or _threads()
+
+
+def _load() -> list[float] | None:
+    """Load averages over 1, 5 and 15 minutes; None where the system has none."""
+    try:
+        return [round(value, 2) for value in os.getloadavg()]
+    except (AttributeError, OSError):
+        return None

@@ -1,0 +1,423 @@
+"""The main job: dense network ▶ soft pruning ▶ cut ▶ finetune ▶ test, as a run that can be interrupted anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chipdeploy import checkpoint
+from chipdeploy.chipnet.costs import COSTS, UNITS, CostModel
+from chipdeploy.chipnet.project import Projector
+from chipdeploy.chipnet.soft import Budget, ChipNet
+from chipdeploy.config import PruneConfig, TrainConfig
+from chipdeploy.errors import MissingError, RunError
+from chipdeploy.graph.channels import ChannelGraph
+from chipdeploy.graph.plan import PrunePlan, dead_branches, group_widths
+from chipdeploy.graph.surgery import hard_prune
+from chipdeploy.graph.trace import trace
+from chipdeploy.run import Run, file_digest, read_json, write_json
+from chipdeploy.training.data import ImageData, load_data
+from chipdeploy.training.loop import Watcher, evaluate, renew_norms, train_epoch
+from chipdeploy.training.models import build_model
+from chipdeploy.training.recipes import Recipe, recipe
+from chipdeploy.training.weights import load_weights, save_weights
+
+PRUNED, DENSE, PLAN, RESULT, DATA = (
+    "pruned.safetensors",
+    "dense.safetensors",
+    "plan.json",
+    "result.json",
+    "data.json",
+)
+CRISP_ENOUGH = 0.95
+SHARE_TOLERANCE = 0.02  # |V(z) − V0| of an epoch that may be cut
+
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration with its parts loaded."""
+
+    config: TrainConfig
+    data: ImageData
+    recipe: Recipe
+    device: torch.device
+
+    @property
+    def example(self) -> Tensor:
+        """Two random images [2, C, H, W]: a batch of 1 would let the tracer specialise on it."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(2, *self.data.shape, generator=generator).to(self.device)
+
+    @property
+    def batch(self) -> int:
+        return self.config.batch or self.recipe.batch
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch."""
+        return max(1, len(self.data.train) // self.batch)
+
+    def model(self) -> nn.Module:
+        """A fresh network, its initial weights drawn from the seed."""
+        torch.manual_seed(self.config.seed)
+        model = build_model(
+            self.config.model,
+            num_classes=self.data.num_classes,
+            in_channels=self.data.in_channels,
+            image_size=self.data.image_size,
+        )
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def rate(self, step: int, total: int) -> float:
+        scale = (self.config.lr or self.recipe.rate) / self.recipe.rate
+        return scale * self.recipe.rate_at(step / total, step // self.steps)
+
+
+def prepare(config: TrainConfig) -> Job:
+    """Load what a configuration names.
+
+    Raises:
+        DataError, UsageError, MissingError: data, recipe or device that cannot be had.
+    """
+    rules = recipe(config.recipe)
+    data = load_data(
+        config.data,
+        root=Path(config.data_root) if config.data_root else None,
+        mean=config.mean,
+        std=config.std,
+        image_size=config.image_size,
+    )
+    return Job(config, data, rules, pick_device(config.device))
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes a GPU where there is one. Raises MissingError for a device that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise MissingError(f"no device {name!r} here; use --device cpu or auto") from error
+    return device
+
+
+def check_budget(config: PruneConfig, job: Job) -> str:
+    """The budget in full, once it is known that the model can be pruned to it and the weights fit.
+
+    Raises:
+        ModelError, BudgetError, WeightsError: before anything is written.
+    """
+    model = job.model()
+    if config.weights:
+        load_weights(model, Path(config.weights))
+    graph = trace(model, job.example)
+    budget = Budget(config.kind, config.keep)
+    cost = CostModel.of(graph, budget.cost)
+    Projector(graph, cost, config.align).check(config.keep)
+    unit = UNITS[budget.cost]
+    return f"keep at most {config.keep:.4g} of the {unit}: {config.keep * cost.dense:,.0f} of {cost.dense:,.0f}"
+
+
+def train_dense(job: Job, folder: Path, watcher: Watcher) -> Path:
+    """Train the dense network, or find the one trained before with the same settings below `folder`; returns its file.
+
+    The file holds the weights; a JSON file beside it the settings and the accuracies.
+    """
+    settings = job.config.model_dump(include=set(TrainConfig.model_fields)) | {"data_digest": job.data.digest}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    path = folder / f"{Path(job.config.model).stem.replace(':', '-')}-{key}.safetensors"
+    facts = path.with_suffix(".json")
+    if path.is_file() and facts.is_file() and read_json(facts)["sha256"] == file_digest(path):
+        return path
+    _make_folder(folder)
+    model = job.model()
+    epochs = job.config.train_epochs or job.recipe.train_epochs
+    optimizer = _sgd(model, job)
+    rows: list[dict[str, Any]] = []
+    saved = path.with_suffix(".partial")
+    if saved.is_file():
+        tensors, state = checkpoint.load(saved)
+        checkpoint.unpack("model", tensors, model)
+        checkpoint.unpack("optimizer", tensors, optimizer)
+        rows = state["rows"]
+    watcher.phase("dense", epochs - len(rows), job.steps)
+    for epoch in range(len(rows), epochs):
+        loss = _epoch(job, model, optimizer, epoch, epochs * job.steps, epoch * job.steps, watcher)
+        rows.append({"phase": "dense", "epoch": epoch + 1, "loss": loss, "val": evaluate(model, job.data.val, job.device)})
+        watcher.epoch(rows[-1])
+        checkpoint.save(saved, checkpoint.pack("model", model) | checkpoint.pack("optimizer", optimizer), {"rows": rows})
+    save_weights(model, path)
+    write_json(facts, {"settings": settings, "metrics": rows, "sha256": file_digest(path)})
+    saved.unlink(missing_ok=True)
+    return path
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make {folder}: {error.strerror}; choose another folder with --runs") from error
+
+
+def _sgd(model: nn.Module, job: Job) -> torch.optim.Optimizer:
+    rules = job.recipe
+    return torch.optim.SGD(
+        model.parameters(), lr=rules.rate, momentum=rules.momentum, weight_decay=rules.weight_decay, nesterov=True
+    )
+
+
+def _epoch(
+    job: Job, network: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, total: int, before: int, watcher: Watcher
+) -> float:
+    """One epoch on the rate curve over `total` steps, of which `before` are done; its seed follows from its number."""
+    return train_epoch(
+        network,
+        job.data.train,
+        optimizer,
+        lambda step: job.rate(before + step, total),
+        batch=job.batch,
+        seed=job.config.seed * 100_003 + epoch,
+        device=job.device,
+        watcher=watcher,
+    )
+
+
+class Pruning:
+    """One pruning run: soft epochs, the cut, finetune epochs; after each the state is on disk."""
+
+    def __init__(self, config: PruneConfig, job: Job, run: Run, dense: Path, watcher: Watcher) -> None:
+        self.config, self.job, self.run, self.watcher = config, job, run, watcher
+        self.dense = job.model()
+        load_weights(self.dense, dense)
+        rules = job.recipe
+        self.soft_epochs = config.soft_epochs or rules.soft_epochs
+        self.finetune_epochs = rules.finetune_epochs if config.finetune_epochs is None else config.finetune_epochs
+        self.rows: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None  # facts of the soft epoch that will be cut
+        self.best_state: dict[str, Tensor] = {}
+
+    def soft(self) -> tuple[ChannelGraph, PrunePlan, nn.Module]:
+        """Soft pruning; returns the graph, the plan of the best epoch, and the network cut by it."""
+        job, config = self.job, self.config
+        model = job.model()
+        model.load_state_dict(self.dense.state_dict())
+        chip = ChipNet(
+            model,
+            job.example,
+            Budget(config.kind, config.keep),
+            steps=self.soft_epochs * job.steps,
+            align=config.align,
+            schedule=job.recipe.schedule,
+        )
+        optimizer = self._soft_optimizer(model)
+        self._resume("soft", {"chip": chip, "optimizer": optimizer, "logits": chip.optimizer}, chip)
+        done = sum(row["phase"] == "soft" for row in self.rows)
+        self.watcher.phase("soft pruning", self.soft_epochs - done, job.steps)
+        for epoch in range(done, self.soft_epochs):
+            loss = _epoch(job, chip, optimizer, epoch, self._total("soft"), epoch * job.steps, self.watcher)
+            self._note(self._look(chip, epoch, loss))
+            self._save("soft", {"chip": chip, "optimizer": optimizer, "logits": chip.optimizer}, chip.counters())
+        assert self.best is not None
+        plan = PrunePlan.from_dict(self.best["plan"])
+        small = hard_prune(self.dense, chip.graph, plan)
+        small.load_state_dict(self.best_state)
+        return chip.graph, plan, small
+
+    def _look(self, chip: ChipNet, epoch: int, loss: float) -> dict[str, Any]:
+        """Soft and cut network on the validation images; the best feasible, crisp, unbroken cut so far is kept."""
+        job, plan = self.job, chip.plan()
+        cut = hard_prune(chip.folded(), chip.graph, plan)
+        renew_norms(cut, job.data.train, batch=job.batch, device=job.device)
+        row = {
+            "phase": "soft",
+            "epoch": epoch + 1,
+            "loss": loss,
+            "val_soft": evaluate(chip, job.data.val, job.device),
+            "val_cut": evaluate(cut, job.data.val, job.device),
+            "budget_soft": chip.soft_share(),
+            "budget_cut": chip.cost.count(group_widths(chip.graph, plan.mask(chip.graph))) / chip.cost.dense,
+            "budget_target": chip.budget.keep,
+            "crisp": chip.crisp(),
+        }
+        ready = row["crisp"] >= CRISP_ENOUGH and row["budget_soft"] <= row["budget_target"] + SHARE_TOLERANCE
+        last = epoch + 1 == self.soft_epochs
+        better = self.best is None or (ready, row["val_cut"]) > (self.best["ready"], self.best["val_cut"])
+        # Without a ready epoch the last one is cut: its gates are the crispest that there are.
+        if better or (last and not self.best["ready"]):  # type: ignore[index]
+            self.best = {"ready": ready, "epoch": epoch + 1, "val_cut": row["val_cut"], "plan": plan.to_dict()}
+            self.best_state = {name: tensor.clone() for name, tensor in cut.state_dict().items()}
+        return row
+
+    def finetune(self, small: nn.Module) -> nn.Module:
+        """Train the cut network; its weights are those of the best epoch on the validation images."""
+        job = self.job
+        small = small.to(memory_format=torch.channels_last)
+        optimizer = _sgd(small, job)
+        self._resume("finetune", {"model": small, "optimizer": optimizer}, None)
+        done = sum(row["phase"] == "finetune" for row in self.rows)
+        self.watcher.phase("finetune", self.finetune_epochs - done, job.steps)
+        before = self.soft_epochs * job.steps if job.recipe.joined else 0
+        for epoch in range(done, self.finetune_epochs):
+            number = self.soft_epochs + epoch
+            start = before + epoch * job.steps
+            loss = _epoch(job, small, optimizer, number, self._total("finetune"), start, self.watcher)
+            accuracy = evaluate(small, job.data.val, job.device)
+            assert self.best is not None
+            if accuracy >= self.best.get("val", 0.0):
+                self.best["val"] = accuracy
+                self.best_state = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+            self._note({"phase": "finetune", "epoch": epoch + 1, "loss": loss, "val": accuracy})
+            self._save("finetune", {"model": small, "optimizer": optimizer}, {})
+        small.load_state_dict(self.best_state)
+        return small
+
+    def _total(self, phase: str) -> int:
+        epochs = self.soft_epochs if phase == "soft" else self.finetune_epochs
+        if self.job.recipe.joined:
+            epochs = self.soft_epochs + self.finetune_epochs
+        return epochs * self.job.steps
+
+    def _soft_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        rules = self.job.recipe
+        if rules.soft_adam:
+            return torch.optim.AdamW(model.parameters(), lr=rules.soft_adam, weight_decay=rules.weight_decay)
+        return _sgd(model, self.job)
+
+    def _note(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.run.write_metrics(self.rows)
+        self.watcher.epoch(row)
+
+    def _save(
+        self, phase: str, parts: dict[str, nn.Module | torch.optim.Optimizer], counters: dict[str, Any]
+    ) -> None:
+        tensors = {f"best.{name}": tensor for name, tensor in self.best_state.items()}
+        for name, part in parts.items():
+            tensors |= checkpoint.pack(name, part)
+        facts = {"phase": phase, "rows": self.rows, "best": self.best, "counters": counters}
+        checkpoint.save(self.run.file(checkpoint.NAME), tensors, facts)
+
+    def _resume(
+        self, phase: str, parts: dict[str, nn.Module | torch.optim.Optimizer], chip: ChipNet | None
+    ) -> None:
+        path = self.run.file(checkpoint.NAME)
+        if not path.is_file():
+            return
+        tensors, facts = checkpoint.load(path)
+        self.rows, self.best = facts["rows"], facts["best"]
+        prefix = "best."
+        self.best_state = {n.removeprefix(prefix): t.to(self.job.device) for n, t in tensors.items() if n.startswith(prefix)}
+        if facts["phase"] != phase:
+            return
+        for name, part in parts.items():
+            checkpoint.unpack(name, tensors, part)
+        if chip is not None:
+            chip.restore(facts["counters"])
+
+
+def prune(config: PruneConfig, job: Job, run: Run, dense: Path, watcher: Watcher) -> dict[str, Any]:
+    """Run or resume a pruning run to its end; returns the result that is also written as result.json."""
+    pruning = Pruning(config, job, run, dense, watcher)
+    graph, plan, small = pruning.soft()
+    small = pruning.finetune(small)
+    save_weights(pruning.dense, run.file(DENSE))
+    save_weights(small, run.file(PRUNED))
+    run.write(PLAN, plan.to_dict())
+    run.write(DATA, describe_data(job.data))
+    # The test images are looked at here and nowhere else.
+    accuracy = {
+        "dense": evaluate(pruning.dense, job.data.test, job.device),
+        "pruned": evaluate(small, job.data.test, job.device),
+        "cut": pruning.best["val_cut"] if pruning.best else None,
+        "test_images": len(job.data.test),
+    }
+    result = summarise(config, graph, plan, accuracy) | {"epoch_cut": pruning.best and pruning.best["epoch"]}
+    run.write(RESULT, result)
+    run.seal([DENSE, PRUNED, PLAN, RESULT, DATA])
+    run.file(checkpoint.NAME).unlink(missing_ok=True)
+    run.finish("prune")
+    return result
+
+
+def summarise(config: PruneConfig, graph: ChannelGraph, plan: PrunePlan, accuracy: dict[str, Any]) -> dict[str, Any]:
+    """What a run achieved, as plain values: see report/ for the reader."""
+    mask = plan.mask(graph)
+    widths = group_widths(graph, mask)
+    models = {name: CostModel.of(graph, name) for name in COSTS}
+    costs = {
+        "dense": {name: int(model.dense) for name, model in models.items()},
+        "pruned": {name: int(model.count(widths)) for name, model in models.items()},
+    }
+    kind = Budget(config.kind, config.keep).cost
+    return {
+        "schema": 1,
+        "model": config.model,
+        "data": config.data,
+        "seed": config.seed,
+        "align": config.align,
+        "budget": {
+            "kind": config.kind,
+            "keep": config.keep,
+            "dense": costs["dense"][kind],
+            "limit": config.keep * costs["dense"][kind],
+            "achieved": costs["pruned"][kind] / costs["dense"][kind],
+            "unit": UNITS[kind],
+        },
+        "accuracy": accuracy,
+        "costs": costs,
+        "layers": layer_widths(graph, plan),
+        "removed_branches": [graph.branches[i].name for i in dead_branches(graph, widths)],
+        "plan_digest": plan.digest,
+    }
+
+
+def layer_widths(graph: ChannelGraph, plan: PrunePlan) -> list[dict[str, Any]]:
+    """Output channels of every layer, dense and kept; a layer of a removed branch keeps none."""
+    mask = plan.mask(graph)
+    gone = set(dead_branches(graph, group_widths(graph, mask)))
+    return [
+        {
+            "name": layer.name,
+            "dense": len(layer.out_index),
+            "kept": 0 if layer.branch in gone else int(((layer.out_index < 0) | mask[layer.out_index]).sum()),
+        }
+        for layer in graph.layers
+    ]
+
+
+def describe_data(data: ImageData) -> dict[str, Any]:
+    """What a deployed model must know of its data."""
+    return {
+        "name": data.name,
+        "shape": list(data.shape),
+        "classes": list(data.classes),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "digest": data.digest,
+    }
+
+
+def load(run_dir: str | Path, *, dense: bool = False) -> nn.Module:
+    """The pruned network of a finished run (or its dense one), rebuilt from plan and safetensors, in eval mode.
+
+    Raises:
+        RunError: no finished run, or a file that was changed after it was written.
+    """
+    run = Run.open(Path(run_dir))
+    data = read_json(run.check(DATA))
+    channels, size = data["shape"][0], data["shape"][1]
+    model = build_model(
+        run.config["model"], num_classes=len(data["classes"]), in_channels=channels, image_size=size
+    )
+    if not dense:
+        graph = trace(model, torch.zeros(2, *data["shape"]))
+        model = hard_prune(model, graph, PrunePlan.from_dict(read_json(run.check(PLAN))))
+    load_weights(model, run.check(DENSE if dense else PRUNED))
+    return model.eval()

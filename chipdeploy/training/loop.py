@@ -1,0 +1,143 @@
+"""One epoch of training, evaluation, and renewal of norm statistics: the parts of which every phase is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chipdeploy.chipnet.soft import ChipNet
+from chipdeploy.errors import TargetError
+from chipdeploy.training.splits import Split
+
+REPORT_EVERY = 20  # steps between two looks at the loss: reading it waits for the device
+EVALUATION_BATCH = 500
+RENEWAL_IMAGES = 4096
+
+
+class Watcher(Protocol):
+    """Who looks on while a network trains: a progress bar, a log, nobody."""
+
+    def phase(self, name: str, epochs: int, steps: int) -> None: ...
+
+    def step(self, steps: int, facts: dict[str, float]) -> None: ...
+
+    def epoch(self, row: dict[str, Any]) -> None: ...
+
+
+class Silent:
+    """A watcher that does nothing."""
+
+    def phase(self, name: str, epochs: int, steps: int) -> None: ...
+
+    def step(self, steps: int, facts: dict[str, float]) -> None: ...
+
+    def epoch(self, row: dict[str, Any]) -> None: ...
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 where the device computes it natively, float32 elsewhere."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_bf16_supported())
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=_cpu_has_bf16())
+
+
+def _cpu_has_bf16() -> bool:
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(supported is not None and supported())
+
+
+def train_epoch(
+    network: nn.Module,
+    split: Split,
+    optimizer: torch.optim.Optimizer,
+    rate: Callable[[int], float],
+    *,
+    batch: int,
+    seed: int,
+    device: torch.device,
+    watcher: Watcher,
+) -> float:
+    """Train for one epoch; returns the mean loss.
+
+    rate: learning rate of every step of the epoch. A `ChipNet` gets its own losses and its own step.
+
+    Raises:
+        TargetError: the loss is no finite number any more.
+    """
+    torch.manual_seed(seed)  # dropout and the like: an epoch is a function of its seed, so a resumed run is the same
+    network.train()
+    chip = network if isinstance(network, ChipNet) else None
+    total = torch.zeros((), device=device)
+    done = 0
+    for images, labels in split.batches(batch, seed=seed, augment=True, device=device):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(done)
+        loss = task = _task_loss(network, images, labels, device)
+        if chip is not None:
+            loss = chip.loss(task)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if chip is not None:
+            chip.step()
+        total += task.detach()
+        done += 1
+        if done % REPORT_EVERY == 0:
+            watcher.step(REPORT_EVERY, _facts(total / done, chip))
+    watcher.step(done % REPORT_EVERY, _facts(total / done, chip))
+    mean = float(total / done)
+    if not mean < float("inf"):
+        raise TargetError(f"training diverged: the loss became {mean}; lower the learning rate with --lr")
+    return mean
+
+
+def _task_loss(network: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> Tensor:
+    with autocast(device):
+        logits = network(images)
+    return F.cross_entropy(logits.float(), labels)
+
+
+def _facts(loss: Tensor, chip: ChipNet | None) -> dict[str, float]:
+    facts = {"loss": float(loss)}
+    if chip is not None:
+        facts |= {"V": chip.soft_share(), "V0": chip.target()}
+    return facts
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, split: Split, device: torch.device) -> float:
+    """Top-1 accuracy in [0, 1]; the network is left in the mode in which it came."""
+    training = network.training
+    network.eval()
+    right = torch.zeros((), dtype=torch.int64, device=device)
+    for images, labels in split.batches(EVALUATION_BATCH, device=device):
+        with autocast(device):
+            right += (network(images).argmax(1) == labels).sum()
+    network.train(training)
+    return float(right) / len(split)
+
+
+@torch.no_grad()
+def renew_norms(network: nn.Module, split: Split, *, batch: int, device: torch.device) -> None:
+    """Estimate BatchNorm statistics anew on training images: after a cut the old ones belong to another network."""
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+    training = network.training
+    network.train()
+    seen = 0
+    for images, _ in split.batches(batch, seed=0, augment=True, device=device):
+        with autocast(device):
+            network(images)
+        seen += len(images)
+        if seen >= RENEWAL_IMAGES:
+            break
+    network.train(training)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum

@@ -1,0 +1,62 @@
+"""Training recipes as values: optimizers, rates and lengths of the dense, soft and finetune phases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import cos, pi
+
+from chipdeploy.chipnet.schedule import PAPER, Schedule
+from chipdeploy.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained. SGD with Nesterov momentum but for the soft phase of `paper`.
+
+    `joined`: one learning-rate curve over soft and finetune together, so that time in the soft phase also trains.
+    """
+
+    batch: int = 128
+    rate: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.05
+    train_epochs: int = 10
+    soft_epochs: int = 3
+    finetune_epochs: int = 8
+    joined: bool = True
+    soft_adam: float = 0.0  # learning rate of AdamW in the soft phase; 0 takes SGD
+    halve_every: int = 0  # epochs between two halvings of the rate; 0 takes the cosine
+    schedule: Schedule = Schedule()
+
+    def rate_at(self, progress: float, epoch: int) -> float:
+        """The learning rate: linear warm-up, then half a cosine to 0; or halved every few epochs."""
+        if self.halve_every:
+            return self.rate * 0.5 ** (epoch // self.halve_every)
+        rise = min(1.0, (progress + 1e-3) / self.warmup) if self.warmup else 1.0
+        return self.rate * rise * 0.5 * (1 + cos(pi * progress))
+
+
+RECIPES: dict[str, Recipe] = {
+    "default": Recipe(),
+    # Section 4 and the published code: AdamW 1e-3 for 20 soft epochs of batch 32; SGD 0.05, halved every 30 epochs.
+    "paper": Recipe(
+        rate=0.05,
+        weight_decay=1e-3,
+        warmup=0.0,
+        train_epochs=200,
+        soft_epochs=20,
+        finetune_epochs=200,
+        joined=False,
+        soft_adam=1e-3,
+        halve_every=30,
+        schedule=PAPER,
+    ),
+}
+
+
+def recipe(name: str) -> Recipe:
+    """A recipe by name. Raises UsageError for an unknown one."""
+    if name not in RECIPES:
+        raise UsageError(f"unknown recipe {name!r}; use one of {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -1,0 +1,30 @@
+"""What commands print: text for people on stdout, or one JSON object; progress and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SCHEMA = 1
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console; colours only on a terminal, NO_COLOR honoured."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def print_json(facts: dict[str, Any]) -> None:
+    """The one object of `--json`."""
+    sys.stdout.write(json.dumps({"schema": SCHEMA, **facts}) + "\n")
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

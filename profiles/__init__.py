@@ -1,0 +1,1 @@
+"""Measured latency profiles, as JSON files beside this one. None is shipped yet."""

@@ -72,7 +72,7 @@ class Job:
             in_channels=self.data.in_channels,
             image_size=self.data.image_size,
         )
-        return model.to(self.device, memory_format=torch.channels_last)
+        return model.to(self.device).to(memory_format=torch.channels_last)
 
     def rate(self, step: int, total: int) -> float:
         scale = (self.config.lr or self.recipe.rate) / self.recipe.rate
@@ -150,9 +150,13 @@ def train_dense(job: Job, folder: Path, watcher: Watcher) -> Path:
     watcher.phase("dense", epochs - len(rows), job.steps)
     for epoch in range(len(rows), epochs):
         loss = _epoch(job, model, optimizer, epoch, epochs * job.steps, epoch * job.steps, watcher)
-        rows.append({"phase": "dense", "epoch": epoch + 1, "loss": loss, "val": evaluate(model, job.data.val, job.device)})
+        rows.append(
+            {"phase": "dense", "epoch": epoch + 1, "loss": loss, "val": evaluate(model, job.data.val, job.device)}
+        )
         watcher.epoch(rows[-1])
-        checkpoint.save(saved, checkpoint.pack("model", model) | checkpoint.pack("optimizer", optimizer), {"rows": rows})
+        checkpoint.save(
+            saved, checkpoint.pack("model", model) | checkpoint.pack("optimizer", optimizer), {"rows": rows}
+        )
     save_weights(model, path)
     write_json(facts, {"settings": settings, "metrics": rows, "sha256": file_digest(path)})
     saved.unlink(missing_ok=True)
@@ -174,7 +178,13 @@ def _sgd(model: nn.Module, job: Job) -> torch.optim.Optimizer:
 
 
 def _epoch(
-    job: Job, network: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, total: int, before: int, watcher: Watcher
+    job: Job,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    total: int,
+    before: int,
+    watcher: Watcher,
 ) -> float:
     """One epoch on the rate curve over `total` steps, of which `before` are done; its seed follows from its number."""
     return train_epoch(
@@ -235,7 +245,7 @@ class Pruning:
         job, plan = self.job, chip.plan()
         cut = hard_prune(chip.folded(), chip.graph, plan)
         renew_norms(cut, job.data.train, batch=job.batch, device=job.device)
-        row = {
+        row: dict[str, Any] = {
             "phase": "soft",
             "epoch": epoch + 1,
             "loss": loss,
@@ -295,25 +305,23 @@ class Pruning:
         self.run.write_metrics(self.rows)
         self.watcher.epoch(row)
 
-    def _save(
-        self, phase: str, parts: dict[str, nn.Module | torch.optim.Optimizer], counters: dict[str, Any]
-    ) -> None:
+    def _save(self, phase: str, parts: dict[str, nn.Module | torch.optim.Optimizer], counters: dict[str, Any]) -> None:
         tensors = {f"best.{name}": tensor for name, tensor in self.best_state.items()}
         for name, part in parts.items():
             tensors |= checkpoint.pack(name, part)
         facts = {"phase": phase, "rows": self.rows, "best": self.best, "counters": counters}
         checkpoint.save(self.run.file(checkpoint.NAME), tensors, facts)
 
-    def _resume(
-        self, phase: str, parts: dict[str, nn.Module | torch.optim.Optimizer], chip: ChipNet | None
-    ) -> None:
+    def _resume(self, phase: str, parts: dict[str, nn.Module | torch.optim.Optimizer], chip: ChipNet | None) -> None:
         path = self.run.file(checkpoint.NAME)
         if not path.is_file():
             return
         tensors, facts = checkpoint.load(path)
         self.rows, self.best = facts["rows"], facts["best"]
         prefix = "best."
-        self.best_state = {n.removeprefix(prefix): t.to(self.job.device) for n, t in tensors.items() if n.startswith(prefix)}
+        self.best_state = {
+            n.removeprefix(prefix): t.to(self.job.device) for n, t in tensors.items() if n.startswith(prefix)
+        }
         if facts["phase"] != phase:
             return
         for name, part in parts.items():
@@ -413,9 +421,7 @@ def load(run_dir: str | Path, *, dense: bool = False) -> nn.Module:
     run = Run.open(Path(run_dir))
     data = read_json(run.check(DATA))
     channels, size = data["shape"][0], data["shape"][1]
-    model = build_model(
-        run.config["model"], num_classes=len(data["classes"]), in_channels=channels, image_size=size
-    )
+    model = build_model(run.config["model"], num_classes=len(data["classes"]), in_channels=channels, image_size=size)
     if not dense:
         graph = trace(model, torch.zeros(2, *data["shape"]))
         model = hard_prune(model, graph, PrunePlan.from_dict(read_json(run.check(PLAN))))

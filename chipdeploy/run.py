@@ -116,7 +116,9 @@ class Run:
         """The newest finished run of `command` below `root`. Raises RunError where there is none."""
         pointer = root / f"latest-{command}"
         if not pointer.is_file():
-            raise RunError(f"no finished run in {root}/; run 'chipdeploy {command} --flops 0.3' first, or give --run DIR")
+            raise RunError(
+                f"no finished run in {root}/; run 'chipdeploy {command} --flops 0.3' first, or give --run DIR"
+            )
         return cls.open(root / pointer.read_text(encoding="utf-8").strip())
 
     @property
@@ -195,7 +197,9 @@ class Run:
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError as error:
-            raise RunError(f"{self.path} is in use by process {path.read_text().strip()}; wait for it, or choose --run") from error
+            raise RunError(
+                f"{self.path} is in use by process {path.read_text().strip()}; wait for it, or choose --run"
+            ) from error
         except OSError as error:
             raise _unwritable(path, error) from error
         with os.fdopen(descriptor, "w") as file:

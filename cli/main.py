@@ -69,13 +69,17 @@ def run(arguments: list[str]) -> int:
     except ChipdeployError as error:
         return _fail(_one_line(str(error)), type(error).__name__, error.exit_code, as_json)
     except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; give the same command with --run and the run's folder to resume", "Interrupted", 130, as_json)
+        return _fail(
+            "interrupted; give the same command with --run and the run's folder to resume", "Interrupted", 130, as_json
+        )
     except Terminated:
-        return _fail("terminated; give the same command with --run and the run's folder to resume", "Terminated", 143, as_json)
+        return _fail(
+            "terminated; give the same command with --run and the run's folder to resume", "Terminated", 143, as_json
+        )
     except Exception as error:  # a bug of ours: one line, and the traceback for who asks for it
         if os.environ.get("CHIPDEPLOY_DEBUG"):
             traceback.print_exc()
-        text = f"{type(error).__name__}: {_one_line(str(error))}; this is a bug of chipdeploy, CHIPDEPLOY_DEBUG=1 shows where"
+        text = f"{type(error).__name__}: {_one_line(str(error))}; a bug of chipdeploy, CHIPDEPLOY_DEBUG=1 shows where"
         return _fail(text, "Bug", 1, as_json)
 
 

@@ -11,7 +11,9 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; a
 Runs = Annotated[Path, typer.Option("--runs", help="Folder of the runs.", show_default=True)]
 RunDir = Annotated[Path | None, typer.Option("--run", help="Run directory; default: the latest finished run.")]
 NewRun = Annotated[Path | None, typer.Option("--run", help="Run directory to make, or to resume.")]
-Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings; flags and CHIPDEPLOY_* go first.")]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="TOML file of settings; flags and CHIPDEPLOY_* go first.")
+]
 Model = Annotated[
     str | None,
     typer.Argument(
@@ -23,12 +25,14 @@ Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="fashion-mini, fashion-mnist, cifar10, cifar100, tiny-imagenet, npz:FILE or folder:DIR. Default: fashion-mini.",
+        help="fashion-mini (default), fashion-mnist, cifar10, cifar100, tiny-imagenet, npz:FILE or folder:DIR.",
     ),
 ]
 DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Folder of a data set in its published form.")]
 ImageSize = Annotated[int | None, typer.Option("--image-size", help="Height and width of the images, pixels.")]
-Mean = Annotated[str | None, typer.Option("--mean", help="Mean of each channel for pixels in [0, 1], e.g. 0.5,0.5,0.5.")]
+Mean = Annotated[
+    str | None, typer.Option("--mean", help="Mean of each channel for pixels in [0, 1], e.g. 0.5,0.5,0.5.")
+]
 Std = Annotated[str | None, typer.Option("--std", help="Standard deviation of each channel, likewise.")]
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="default, or paper: the published schedule.")]
 TrainEpochs = Annotated[int | None, typer.Option("--train-epochs", help="Epochs of the dense training.")]
@@ -47,7 +51,9 @@ def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise UsageError(f"{option} takes numbers with commas between, got {text!r}; e.g. {option} 0.5,0.5,0.5") from error
+        raise UsageError(
+            f"{option} takes numbers with commas between, got {text!r}; e.g. {option} 0.5,0.5,0.5"
+        ) from error
 
 
 def share(text: str | None, option: str) -> float | None:
@@ -61,5 +67,7 @@ def share(text: str | None, option: str) -> float | None:
     except ValueError:
         value = float("nan")
     if not 0 < value < 1:
-        raise UsageError(f"{option} is the share that stays, between 0 and 1, got {text!r}; e.g. {option} 0.3 or {option} 30%")
+        raise UsageError(
+            f"{option} is the share that stays, between 0 and 1, got {text!r}; e.g. {option} 0.3 or {option} 30%"
+        )
     return value

@@ -25,7 +25,8 @@ def prune(
         Path | None, typer.Option("--weights", help="Dense weights, .safetensors or .pth; without it they are trained.")
     ] = None,
     align: Annotated[
-        int | None, typer.Option("--align", help="Widths in multiples of this, where the group allows; 1: free. Default: 16.")
+        int | None,
+        typer.Option("--align", help="Widths in multiples of this, where the group allows; 1: free. Default: 16."),
     ] = None,
     recipe: options.RecipeName = None,
     train_epochs: options.TrainEpochs = None,
@@ -77,7 +78,11 @@ def budget_flags(shares: dict[str, str | None]) -> dict[str, Any]:
     given = {kind: text for kind, text in shares.items() if text is not None}
     if len(given) > 1:
         raise UsageError(f"one budget at a time, got {' and '.join('--' + kind for kind in given)}; keep one of them")
-    return {key: value for kind, text in given.items() for key, value in (("kind", kind), ("keep", options.share(text, f"--{kind}")))}
+    return {
+        key: value
+        for kind, text in given.items()
+        for key, value in (("kind", kind), ("keep", options.share(text, f"--{kind}")))
+    }
 
 
 def prune_run(flags: dict[str, Any], config: Path | None, run: Path | None, runs: Path) -> tuple[dict[str, Any], Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ def cost(name: str) -> Callable[[Callable[[ChannelGraph], Iterator[Term]]], Call
 
 @cost("macs")
 def macs(graph: ChannelGraph) -> Iterator[Term]:
-    """Σ H·W·k²·n_out·n_in over convolutions and linear layers; biases and norms cost no MAC, as in PyTorch's counter."""
+    """Σ H·W·k²·n_out·n_in over convolutions and linear layers; biases and norms cost none, as in PyTorch's counter."""
     for layer in graph.layers:
         scale = layer.positions * layer.kernel
         for out_times, out_group in spans(graph, layer.out_index):
@@ -149,7 +150,7 @@ class SoftCost:
     """The share of a cost that soft widths keep, as one differentiable tensor expression."""
 
     def __init__(self, model: CostModel, device: torch.device | str = "cpu") -> None:
-        def tensor(values: Floats | Ints) -> Tensor:
+        def tensor(values: NDArray[Any]) -> Tensor:
             return torch.from_numpy(values).to(device)
 
         self._share = tensor((model.coefficients / model.dense).astype(np.float32))

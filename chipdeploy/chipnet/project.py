@@ -143,7 +143,8 @@ class _Search:
         return self._fill(widths)
 
     def _value(self, item: Item) -> Floats:
-        return np.sum([self._prefix[g][item.choices[:, k]] for k, g in enumerate(item.groups)], axis=0)
+        parts = [self._prefix[g][item.choices[:, k]] for k, g in enumerate(item.groups)]
+        return np.asarray(np.sum(parts, axis=0), dtype=np.float64)
 
     def _cost(self, widths: Ints) -> float:
         return self._p.cost.count(widths) / self._p.cost.dense

@@ -23,7 +23,8 @@ class Schedule:
     logit_decay: float = 0.0
     projected: bool = True
     listen: float = 0.1  # share of the phase in which all gates stay open and their importance is measured
-    arrive: float = 0.8  # progress at which the falling budget reaches its end
+    arrive: float = 0.7  # progress at which the falling budget reaches its end
+    settle: float = 0.85  # progress from which the plan stays as it is, and the gates only become crisp
     renew: int = 20  # steps between two projections
 
     def beta_at(self, progress: float) -> float:
@@ -51,7 +52,7 @@ def _linear(span: tuple[float, float], progress: float) -> float:
     return span[0] + (span[1] - span[0]) * progress
 
 
-# The published settings over 20 epochs: β 1 + 0.02 an epoch, γ 2·√2^epoch up to 256, κ 10 + 5 an epoch up to 60, ψ0 = 0.
+# The published settings over 20 epochs: β 1 + 0.02 an epoch, γ 2·√2^epoch up to 256, κ 10 + 5 an epoch up to 60.
 PAPER = Schedule(
     beta=(1.0, 1.4),
     gamma=(2.0, 256.0),
@@ -62,4 +63,5 @@ PAPER = Schedule(
     projected=False,
     listen=0.0,
     arrive=1.0,
+    settle=1.0,
 )

@@ -60,6 +60,12 @@ class ChipNet(nn.Module):
         BudgetError: the budget is below the smallest connected network.
     """
 
+    _heard: Tensor
+    _shift: Tensor
+    _goal: Tensor
+    _planned: Tensor
+    _group: Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -88,6 +94,7 @@ class ChipNet(nn.Module):
         self.register_buffer("_heard", torch.zeros(count, device=device))
         self.register_buffer("_shift", torch.zeros(count, device=device))
         self.register_buffer("_goal", torch.zeros(count, device=device))
+        self.register_buffer("_planned", torch.ones(count, dtype=torch.bool, device=device))
         self.register_buffer("_group", torch.from_numpy(self.graph.group_of).to(device))
         self.optimizer = torch.optim.AdamW(
             [self.logits], lr=self.schedule.logit_rate, weight_decay=self.schedule.logit_decay
@@ -136,7 +143,7 @@ class ChipNet(nn.Module):
         if self.schedule.projected and not self.listening:
             if not self._begun:
                 self._begin()
-            elif self._step % self.schedule.renew == 0:
+            elif self._step % self.schedule.renew == 0 and self.progress < self.schedule.settle:
                 self._project()
             self._shift += 0.1 * (self._goal - self._shift)
 
@@ -159,8 +166,10 @@ class ChipNet(nn.Module):
         return float(crisp_share(self.gates()))
 
     def plan(self) -> PrunePlan:
-        """The best plan under the budget, by ψ. Never over the budget."""
-        return PrunePlan.from_mask(self.graph, self._mask(self.budget.keep))
+        """The best plan under the budget, by ψ; from `settle` on the one that was found last. Never over the budget."""
+        settled = self.schedule.projected and self.progress >= self.schedule.settle
+        mask = self._planned.cpu().numpy() if settled else self._mask(self.budget.keep)
+        return PrunePlan.from_mask(self.graph, mask)
 
     def folded(self) -> nn.Module:
         """A copy of the model with the gates multiplied into its weights.
@@ -222,7 +231,8 @@ class ChipNet(nn.Module):
     def scores(self) -> np.ndarray:
         """Value of every channel for the projection, float64 [channels]; rising in ψ, so ψ alone ranks."""
         logits = self.logits.detach().double().cpu().numpy()
-        return np.exp(2.0 * np.clip(logits, -30.0, 30.0))
+        values: np.ndarray = np.exp(2.0 * np.clip(logits, -30.0, 30.0))
+        return values
 
     def _mask(self, keep: float) -> Mask:
         return self.projector.project(self.scores(), keep)
@@ -230,10 +240,8 @@ class ChipNet(nn.Module):
     def _project(self) -> None:
         """Renew the plan under the falling budget, and where every gate's centre is to go."""
         keep = self.target()
-        if keep >= 1.0:
-            mask = np.ones(self.graph.channels, dtype=np.bool_)
-        else:
-            mask = self._mask(keep)
+        mask = np.ones(self.graph.channels, dtype=np.bool_) if keep >= 1.0 else self._mask(keep)
+        self._planned.copy_(torch.from_numpy(mask))
         self._goal.copy_(torch.from_numpy(self._centres(mask)).to(self._goal))
 
     def _centres(self, mask: Mask) -> np.ndarray:

@@ -124,7 +124,9 @@ def _stubs(
 
 def _modules(tracing: Tracing, dead: frozenset[Node]) -> Iterator[tuple[Node, str]]:
     for node in tracing.flows:
-        if node in dead and any(arg.op == "placeholder" and arg.name in tracing.tensors for arg in node.all_input_nodes):
+        if node in dead and any(
+            arg.op == "placeholder" and arg.name in tracing.tensors for arg in node.all_input_nodes
+        ):
             yield node, tracing.owner(node)[0]
 
 

@@ -1,7 +1,7 @@
 """Gates on a network that is not cut yet: each consumer's input weights are scaled by the gates of what it reads.
 
-Whatever lies between a channel's producers and its consumers treats channels alone, so z · activation equals z · weight.
-A branch whose groups are all closed yields nothing at all: its last affine is scaled too, or its bias would stay behind.
+Whatever lies between a channel's producers and its consumers treats channels alone, so z · activation equals
+z · weight. A branch whose groups are all closed yields nothing: its last affine is scaled too, or its bias would stay.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class Gating:
     def __call__(self, gates: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The scaled tensors by name, for `torch.func.functional_call`. gates: [channels] in [0, 1]."""
         scaled: dict[str, Tensor] = {}
-        factors = torch.cat([gates, gates.new_ones(1)])[self._index].split(self._sizes) if self._slots else ()
-        for slot, factor in zip(self._slots, factors, strict=True):
+        factors = torch.cat([gates, gates.new_ones(1)])[self._index]
+        parts = torch.split(factors, self._sizes)
+        for slot, factor in zip(self._slots, parts, strict=True):
             tensor = scaled.get(slot.tensor, tensors[slot.tensor])
             view = [1] * tensor.dim()
             view[slot.dim] = -1

@@ -27,10 +27,7 @@ class PrunePlan:
     def from_mask(cls, graph: ChannelGraph, mask: Mask) -> PrunePlan:
         """The plan that keeps the channels at which `mask` [channels] is true."""
         return cls(
-            {
-                group.name: tuple(np.flatnonzero(mask[graph.span(i)]).tolist())
-                for i, group in enumerate(graph.groups)
-            }
+            {group.name: tuple(np.flatnonzero(mask[graph.span(i)]).tolist()) for i, group in enumerate(graph.groups)}
         )
 
     def mask(self, graph: ChannelGraph) -> Mask:
@@ -43,7 +40,9 @@ class PrunePlan:
         numbers = {group.name: i for i, group in enumerate(graph.groups)}
         for name, kept in self.kept.items():
             if name not in numbers:
-                raise InputError(f"the plan names the group {name!r}, which the model lacks; use the model it was made for")
+                raise InputError(
+                    f"the plan names the group {name!r}, which the model lacks; use the model it was made for"
+                )
             span = graph.span(numbers[name])
             size = span.stop - span.start
             if len(set(kept)) != len(kept) or any(not 0 <= channel < size for channel in kept):
@@ -91,7 +90,9 @@ def check_mask(graph: ChannelGraph, mask: Mask) -> None:
     widths = group_widths(graph, mask)
     for group, width in zip(graph.groups, widths.tolist(), strict=True):
         if width == 0 and not group.may_vanish:
-            raise InputError(f"the plan keeps nothing of {group.name}, which cuts the network in two; keep 1 channel or more")
+            raise InputError(
+                f"the plan keeps nothing of {group.name}, which cuts the network in two; keep 1 channel or more"
+            )
     for branch in graph.branches:
         inside = widths[list(branch.groups)]
         if inside.any() and not inside.all():

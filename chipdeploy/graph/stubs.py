@@ -55,7 +55,6 @@ class _Geometry:
         sizes = tuple(x.shape[2:])
         if self._windows is not None:
             sizes = tuple(
-                (size + p - d * (k - 1) - 1) // s + 1
-                for size, (k, s, p, d) in zip(sizes, self._windows, strict=True)
+                (size + p - d * (k - 1) - 1) // s + 1 for size, (k, s, p, d) in zip(sizes, self._windows, strict=True)
             )
         return (x.shape[0], channels, *sizes)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from chipdeploy.graph.channels import KEPT, ChannelGraph, Mask
+from chipdeploy.graph.labels import Ints
 from chipdeploy.graph.plan import PrunePlan, dead_branches, group_widths
 from chipdeploy.graph.stubs import NoChannels, Zeros
 
@@ -30,8 +31,8 @@ def hard_prune(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> nn.Mod
     return small
 
 
-def _alive(index: np.ndarray, mask: Mask) -> Mask:
-    return (index == KEPT) | mask[index]
+def _alive(index: Ints, mask: Mask) -> Mask:
+    return np.asarray((index == KEPT) | mask[index], dtype=np.bool_)
 
 
 def _slice_tensors(model: nn.Module, graph: ChannelGraph, mask: Mask) -> None:

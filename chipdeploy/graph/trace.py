@@ -1,4 +1,4 @@
-"""From a module to its channel graph: export to ATen, let labels flow through the rules, group what must be cut together."""
+"""From a module to its channel graph: export to ATen, let labels flow through the rules, group what is cut together."""
 
 from __future__ import annotations
 

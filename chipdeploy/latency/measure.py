@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from chipdeploy.errors import RunError, UsageError
 SCHEMA = 1
 POSITION_S = 2e-3  # A position lasts at least this long, so that a timer tick is a small part of it.
 WARM_UP_S = 0.2
+# The first inference after another network refills the caches: 40 us on a network of 0.6 ms, nothing on a slow one.
+SETTLE_BELOW_S = 0.02
 MAX_RUNS = 200  # Inferences in a position at most ...
 MAX_BLOCKS = 2000  # ... and blocks: the raw times of a network that does almost nothing must still fit a file.
 RESAMPLES = 2000
@@ -41,8 +43,8 @@ class Comparison:
 
     Args:
         batch: images an inference.
-        dense_s, pruned_s, control_s: seconds of every single inference, a tuple a block. The control is the dense
-            network once more.
+        dense_s, pruned_s, control_s: seconds of every single timed inference, a tuple a block. The control is the
+            dense network once more.
         environment: what `environment` said before, and the load after.
         seed: of the bootstrap.
     """
@@ -195,19 +197,23 @@ def compare(
     seconds: float = 5.0,
     seed: int = 0,
     on_block: Callable[[int, int], None] | None = None,
+    control: Callable[[], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
     """Time one inference of `pruned` against one of `dense`, and `dense` against itself.
 
-    A block is A B C C B A, where B is the pruned network and A and C are the dense one: a drift of the machine falls
-    on all three alike. A and C swap roles from block to block, so that the control differs from the dense network in
-    nothing. Each position repeats its network until about 2 ms are full.
+    A block is A B C C B A, where B is the pruned network, A the dense one and C the control: a drift of the machine
+    falls on all three alike. A and C swap places from block to block. Each position repeats its network until about
+    2 ms are full, after one inference that is not timed: B always follows another network, but A and C often follow
+    themselves, and the caches that they find warm would make B look slower.
 
     Args:
         dense, pruned: run one inference of `batch` images and wait until it is done.
         min_blocks: at least so many blocks (rounded up to even), however long they take.
         seconds: about how long to measure, beyond the warm-up.
         on_block: told (blocks done, blocks in all) after each block.
+        control: the dense network loaded a second time, so that the control also finds what the place of a network in
+            memory does; by default `dense` itself.
         clock: seconds, from any start.
 
     Raises:
@@ -218,23 +224,23 @@ def compare(
             f"batch, min_blocks and seconds must be positive, got {batch}, {min_blocks} and {seconds}; try 1, 30 and 5"
         )
     before = environment()
-    once = {"dense": _warm_up(dense, clock), "pruned": _warm_up(pruned, clock)}
-    runs = {name: _runs(seconds_once) for name, seconds_once in once.items()}
-    blocks = _block_count(4 * runs["dense"] * once["dense"] + 2 * runs["pruned"] * once["pruned"], min_blocks, seconds)
-    first, second, middle = [], [], []
-    with _no_garbage_collection():
-        for done in range(1, blocks + 1):
-            outer, inner, centre = _block(dense, pruned, runs, clock)
-            first.append(outer if done % 2 else inner)
-            second.append(inner if done % 2 else outer)
-            middle.append(centre)
-            if on_block:
-                on_block(done, blocks)
+    dense_s, pruned_s = _warm_up(dense, clock), _warm_up(pruned, clock)
+    if control:
+        _warm_up(control, clock)
+    settle = min(dense_s, pruned_s) < SETTLE_BELOW_S
+    dense_runs, pruned_runs = _runs(dense_s), _runs(pruned_s)
+    positions = {
+        "dense": partial(_position, dense, dense_runs, clock, settle),
+        "pruned": partial(_position, pruned, pruned_runs, clock, settle),
+        "control": partial(_position, control or dense, dense_runs, clock, settle),
+    }
+    block_s = 4 * (dense_runs + settle) * dense_s + 2 * (pruned_runs + settle) * pruned_s
+    times = _run_blocks(positions, _block_count(block_s, min_blocks, seconds), on_block)
     return Comparison(
         batch=batch,
-        dense_s=tuple(first),
-        pruned_s=tuple(middle),
-        control_s=tuple(second),
+        dense_s=tuple(times["dense"]),
+        pruned_s=tuple(times["pruned"]),
+        control_s=tuple(times["control"]),
         environment={**before, "load_after": _load()},
         seed=seed,
     )
@@ -242,15 +248,21 @@ def compare(
 
 def headline(comparison: Comparison) -> str:
     """The first line of any report: how much faster, or plainly that it is not."""
-    ratio, (low, high) = comparison.ratio, comparison.ratio_interval
-    # Two digits, unless they would round a real difference to "1.00".
-    digits = 2 if all(abs(value - 1) >= 0.005 for value in (ratio, low, high)) else 3
-    range_ = f"95 % {low:.{digits}f}-{high:.{digits}f}, batch {comparison.batch}"
+    ratio, low, high = ratio_texts(comparison)
+    range_ = f"95 % {low}-{high}, batch {comparison.batch}"
     if comparison.faster:
-        line = f"pruned is {1 / ratio:.2f}x faster ({ratio:.{digits}f} of the dense time, {range_})"
+        line = f"pruned is {1 / comparison.ratio:.2f}x faster ({ratio} of the dense time, {range_})"
     else:
-        line = f"NOT faster: pruned takes {ratio:.{digits}f} of the dense time ({range_})"
+        line = f"NOT faster: pruned takes {ratio} of the dense time ({range_})"
     return f"{line}; noisy: {comparison.noise}" if comparison.noisy else line
+
+
+def ratio_texts(comparison: Comparison) -> tuple[str, str, str]:
+    """The ratio and both ends of its interval, in two digits unless these would round a real difference to 1.00."""
+    values = (comparison.ratio, *comparison.ratio_interval)
+    digits = 2 if all(abs(value - 1) >= 0.005 for value in values) else 3
+    ratio, low, high = (f"{value:.{digits}f}" for value in values)
+    return ratio, low, high
 
 
 def environment() -> dict[str, Any]:
@@ -277,21 +289,29 @@ def bootstrap_interval(values: NDArray[np.float64], seed: int) -> Interval:
     return float(low), float(high)
 
 
-def _block(
-    dense: Callable[[], object], pruned: Callable[[], object], runs: Mapping[str, int], clock: Callable[[], float]
-) -> tuple[tuple[float, ...], ...]:
-    """Seconds of every inference of A, C and B in one block A B C C B A."""
-    a1 = _position(dense, runs["dense"], clock)
-    b1 = _position(pruned, runs["pruned"], clock)
-    c1 = _position(dense, runs["dense"], clock)
-    c2 = _position(dense, runs["dense"], clock)
-    b2 = _position(pruned, runs["pruned"], clock)
-    a2 = _position(dense, runs["dense"], clock)
-    return a1 + a2, c1 + c2, b1 + b2
+def _run_blocks(
+    positions: Mapping[str, Callable[[], tuple[float, ...]]],
+    blocks: int,
+    on_block: Callable[[int, int], None] | None,
+) -> dict[str, list[tuple[float, ...]]]:
+    """Seconds of every timed inference, by network and block."""
+    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in positions}
+    for done in range(1, blocks + 1):
+        half = ("dense", "pruned", "control") if done % 2 else ("control", "pruned", "dense")
+        with _no_garbage_collection():
+            there = {name: positions[name]() for name in half}
+            back = {name: positions[name]() for name in reversed(half)}
+        for name in half:
+            times[name].append(there[name] + back[name])
+        if on_block:
+            on_block(done, blocks)
+    return times
 
 
-def _position(run: Callable[[], object], runs: int, clock: Callable[[], float]) -> tuple[float, ...]:
-    """Seconds of each of `runs` inferences, to the nanosecond."""
+def _position(run: Callable[[], object], runs: int, clock: Callable[[], float], settle: bool) -> tuple[float, ...]:
+    """Seconds of each of `runs` inferences, to the nanosecond, after an untimed one if the caches are to settle."""
+    if settle:
+        run()
     times = []
     for _ in range(runs):
         before = clock()
@@ -304,7 +324,7 @@ def _warm_up(run: Callable[[], object], clock: Callable[[], float]) -> float:
     """Run until caches and clocks have settled; returns the median seconds of an inference."""
     times: list[float] = []
     while len(times) < 3 or (sum(times) < WARM_UP_S and len(times) < 1000):
-        times.extend(_position(run, 1, clock))
+        times.extend(_position(run, 1, clock, settle=False))
     return float(np.median(times))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from chipdeploy.latency.measure import Comparison
+from chipdeploy.latency.measure import Comparison, ratio_texts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -102,12 +102,12 @@ def _accuracy_row(accuracy: Artifact) -> Row:
 
 
 def _latency_row(comparison: Comparison) -> Row:
-    low, high = comparison.ratio_interval
+    ratio, low, high = ratio_texts(comparison)
     return Row(
         f"latency, batch {comparison.batch}",
         f"{_three_digits(comparison.dense_ms)} ms",
         f"{_three_digits(comparison.pruned_ms)} ms",
-        f"{comparison.ratio:.2f}x (95 % {low:.2f}-{high:.2f})",
+        f"{ratio}x (95 % {low}-{high})",
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import cos, pi
 
 from chipdeploy.chipnet.schedule import PAPER, Schedule
@@ -27,7 +27,7 @@ class Recipe:
     joined: bool = True
     soft_adam: float = 0.0  # learning rate of AdamW in the soft phase; 0 takes SGD
     halve_every: int = 0  # epochs between two halvings of the rate; 0 takes the cosine
-    schedule: Schedule = Schedule()
+    schedule: Schedule = field(default_factory=Schedule)
 
     def rate_at(self, progress: float, epoch: int) -> float:
         """The learning rate: linear warm-up, then half a cosine to 0; or halved every few epochs."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from chipdeploy.errors import DataError, UsageError
@@ -160,23 +162,28 @@ class FolderSplit:
         generator = torch.Generator().manual_seed(seed or 0)
         order = _order(len(self), size, generator if seed is not None else None)
         decoder = _Decoder(self._paths, self._image_size, (seed or 0) if augment else None)
-        pinned = torch.device(device).type == "cuda"
-        # A worker gets the indices of a whole batch and gives back the batch, or the reason why there is none.
-        loader: torch.utils.data.DataLoader[Tensor | str] = torch.utils.data.DataLoader(
+        # A worker gets the indices of a whole batch and gives back the batch, or the reason why there is none. Arrays
+        # come through a pipe; tensors would need shared memory, of which a container has 64 MB unless told otherwise.
+        loader: torch.utils.data.DataLoader[NDArray[np.uint8] | str] = torch.utils.data.DataLoader(
             decoder,
             batch_size=None,
             sampler=[chosen.tolist() for chosen in order],
             num_workers=self._workers,
-            pin_memory=pinned,
+            collate_fn=_unchanged,
             generator=generator,
         )
         for chosen, images in zip(order, loader, strict=True):
             if isinstance(images, str):
                 raise DataError(images)
-            yield self._normalise(images.to(device, non_blocking=pinned)), self._labels[chosen].to(device)
+            yield self._normalise(torch.from_numpy(images).to(device)), self._labels[chosen].to(device)
 
 
-class _Decoder(torch.utils.data.Dataset["Tensor | str"]):
+def _unchanged(batch: Any) -> Any:
+    """Keeps the loader from turning arrays into tensors; a function with a name, so that any worker can find it."""
+    return batch
+
+
+class _Decoder(torch.utils.data.Dataset["NDArray[np.uint8] | str"]):
     """Decodes the files of a batch to uint8 [B, size, size, 3]; augments them if given a seed."""
 
     def __init__(self, paths: Sequence[Path], image_size: int, seed: int | None) -> None:
@@ -191,16 +198,16 @@ class _Decoder(torch.utils.data.Dataset["Tensor | str"]):
         else:
             crop = transforms.RandomResizedCrop(image_size, interpolation=InterpolationMode.BILINEAR)
             steps = [crop, transforms.RandomHorizontalFlip()]
-        self._transform = transforms.Compose([*steps, transforms.PILToTensor()])
+        self._transform = transforms.Compose(steps)
 
-    def __getitem__(self, chosen: list[int]) -> Tensor | str:
+    def __getitem__(self, chosen: list[int]) -> NDArray[np.uint8] | str:
         try:
-            return torch.stack([self._one(index) for index in chosen])
+            return np.stack([self._one(index) for index in chosen])
         except DataError as error:
             # Raised in a worker, an error would arrive as pages of traceback.
             return str(error)
 
-    def _one(self, index: int) -> Tensor:
+    def _one(self, index: int) -> NDArray[np.uint8]:
         """Decode one file to uint8 [size, size, 3]."""
         from PIL import Image
 
@@ -214,8 +221,7 @@ class _Decoder(torch.utils.data.Dataset["Tensor | str"]):
         with torch.random.fork_rng(devices=[]):
             if self._seed is not None:
                 torch.manual_seed((self._seed * len(self._paths) + index) % 2**63)
-            pixels: Tensor = self._transform(image)
-        return pixels.permute(1, 2, 0)
+            return np.asarray(self._transform(image))
 
 
 def _order(count: int, size: int, generator: torch.Generator | None) -> tuple[Tensor, ...]:

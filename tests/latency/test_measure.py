@@ -65,6 +65,40 @@ def test_the_order_is_a_palindrome_in_every_block():
     assert "".join(clock.calls) == "ddd" + "ppp" + "dpddpd" * 2
 
 
+def test_a_fast_network_settles_untimed_in_every_position():
+    clock = Clock()
+    dense, pruned = clock.network("d", 0.001), clock.network("p", 0.002)
+    comparison = compare(dense, pruned, batch=1, min_blocks=2, seconds=0.001, clock=clock)
+    # One untimed each, then 2 · 1 ms and 1 · 2 ms.
+    assert "".join(clock.calls).endswith(("ddd" + "pp" + "ddd" + "ddd" + "pp" + "ddd") * 2)
+    assert [len(times) for times in (*comparison.dense_s, *comparison.pruned_s)] == [4, 4, 2, 2]
+
+
+def test_the_cold_start_after_another_network_is_not_charged():
+    """Two equal networks, each 1 ms slower whenever the other one ran before."""
+    clock, last = Clock(), [""]
+
+    def network(name):
+        def run():
+            clock.now += 0.003 if last[0] == name else 0.004
+            last[0] = name
+
+        return run
+
+    comparison = compare(network("d"), network("p"), batch=1, min_blocks=4, seconds=0.01, clock=clock)
+    assert comparison.ratios == pytest.approx(np.ones(4))
+    assert comparison.control_ratios == pytest.approx(np.ones(4))
+
+
+def test_a_second_dense_network_can_be_the_control():
+    clock = Clock()
+    networks = [clock.network(name, seconds) for name, seconds in (("d", 0.3), ("p", 0.15), ("c", 0.33))]
+    comparison = compare(*networks[:2], control=networks[2], batch=1, min_blocks=2, seconds=0.1, clock=clock)
+    assert "".join(clock.calls) == "ddd" + "ppp" + "ccc" + "dpccpd" + "cpddpc"
+    assert comparison.control_ratio == pytest.approx(1.1)
+    assert comparison.ratio == pytest.approx(0.5)
+
+
 def test_a_drift_cancels():
     """Every inference takes one millisecond more than the one before: A B C C B A all have the same sum."""
     clock = Clock()
@@ -106,11 +140,11 @@ def test_blocks_fill_the_seconds_and_are_told():
         clock.network("p", 0.002),
         batch=1,
         min_blocks=3,
-        seconds=0.1,
+        seconds=0.2,
         clock=clock,
         on_block=lambda done, blocks: told.append((done, blocks)),
     )
-    # A block is 4 · 4 ms + 2 · 2 ms = 20 ms, so 5 fill 0.1 s; made even.
+    # A position is one untimed and one timed inference: 4 · 8 ms + 2 · 4 ms = 40 ms a block, 5 fill 0.2 s; made even.
     assert told == [(number, 6) for number in range(1, 7)]
     assert len(comparison.dense_s) == 6
 

@@ -56,9 +56,7 @@ def _pinned(tracing: Tracing, node: Node, inputs: Ints, reason: str) -> Flow:
     path, _ = tracing.owner(node)
     tracing.labels.pin(inputs, f"{path}: {reason}")
     tracing.labels.pin(outputs, f"{path}: {reason}")
-    tracing.layers.append(
-        LayerUse(node, path, outputs, NONE, positions(node, 1), int(np.prod(kernel)) * in_per_group)
-    )
+    tracing.layers.append(LayerUse(node, path, outputs, NONE, positions(node, 1), int(np.prod(kernel)) * in_per_group))
     return Flow(1, outputs)
 
 

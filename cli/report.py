@@ -1,0 +1,22 @@
+"""`chipdeploy report`: one page with the table, the picture and how it was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import options
+from .output import console, print_json
+
+
+def report(run: options.RunDir = None, runs: options.Runs = Path("runs"), json: options.Json = False) -> None:
+    """Write report.md and its picture from what a run has so far."""
+    from chipdeploy.deploy import report_run
+    from chipdeploy.run import Run
+
+    directory = Run.open(run) if run else Run.latest(runs)
+    page = report_run(directory)
+    if json:
+        print_json({"run": str(directory.path), "report": str(page)})
+        return
+    console().print(page.read_text(encoding="utf-8").splitlines()[0])
+    console().print(f"report: {page}")

@@ -1,0 +1,304 @@
+#!/usr/bin/env python3
+"""ChipNet against its peers: same dense start, same total of epochs, same finetune recipe, same budget counter.
+
+    compare.py --data npz:cifar10.npz --weights resnet20.safetensors --out results/cifar10-resnet20.json
+
+Methods: chipnet (aligned widths and whole branches), chipnet-free (--align 1), global (one-shot cut by BatchNorm scale,
+ranked over the whole network), uniform (the same share of every group, BatchNorm scale inside), torch-pruning (its
+global group-L2 importance), scratch (the uniform network trained from fresh weights for dense + prune epochs together).
+A cell that the output file holds already is not run again, so the script can be stopped and started at will.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from chipdeploy.chipnet.costs import CostModel
+from chipdeploy.chipnet.project import Projector
+from chipdeploy.config import PruneConfig
+from chipdeploy.engines.base import open_engine
+from chipdeploy.export.onnx import export_onnx
+from chipdeploy.graph.channels import ChannelGraph
+from chipdeploy.graph.plan import PrunePlan, group_widths
+from chipdeploy.graph.surgery import hard_prune
+from chipdeploy.graph.trace import trace
+from chipdeploy.latency.measure import compare, environment
+from chipdeploy.pipeline import Job, load, prepare, prune, train_dense
+from chipdeploy.run import Run, write_json
+from chipdeploy.training.loop import Silent, evaluate, renew_norms, train_epoch
+from chipdeploy.training.weights import load_weights
+
+KEEPS, METHODS = "0.3,0.15,0.5", "chipnet,global,uniform,torch-pruning"
+Method = Callable[[Job, nn.Module, ChannelGraph, float], nn.Module]
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    base = PruneConfig(
+        model=options.model,
+        data=options.data,
+        mean=options.mean,
+        std=options.std,
+        weights=options.weights,
+        soft_epochs=options.soft,
+        finetune_epochs=options.total - options.soft,
+        train_epochs=options.dense_epochs,
+        device=options.device,
+    )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    store = json.loads(options.out.read_text()) if options.out.is_file() else _header(options)
+    with tempfile.TemporaryDirectory() as work:
+        job = prepare(base)
+        dense = Path(base.weights) if base.weights else train_dense(job, options.out.parent / "dense", Silent())
+        if "dense_test" not in store:
+            store["dense_test"] = evaluate(_dense(job, dense), job.data.test, job.device)
+        for keep in map(float, options.keeps.split(",")):
+            for seed in map(int, options.seeds.split(",")):
+                for method in options.methods.split(","):
+                    cell = {"method": method, "keep": keep, "seed": seed}
+                    if any(cell.items() <= row.items() for row in store["cells"]):
+                        continue
+                    config = base.model_copy(update={"keep": keep, "seed": seed})
+                    row = cell | _run(method, Job(config, job.data, job.recipe, job.device), dense, options, Path(work))
+                    store["cells"].append(row)
+                    write_json(options.out, store)
+                    print({key: row[key] for key in ("method", "keep", "seed", "test", "macs", "params", "seconds")})
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--weights")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--keeps", default=KEEPS)
+    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--total", type=int, default=15, help="epochs of soft pruning and finetune together")
+    parser.add_argument("--soft", type=int, default=3, help="of them with soft gates; one-shot only finetunes")
+    parser.add_argument("--dense-epochs", type=int, default=10, help="of the dense start, where it is trained here")
+    parser.add_argument("--scratch-epochs", type=int, default=0, help="of the scratch row; 0: dense + total")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    numbers = lambda text: tuple(map(float, text.split(",")))  # noqa: E731
+    parser.add_argument("--mean", type=numbers)
+    parser.add_argument("--std", type=numbers)
+    return parser.parse_args()
+
+
+def _header(options: argparse.Namespace) -> dict[str, Any]:
+    kept = ("model", "total", "soft", "dense_epochs", "scratch_epochs")
+    data = Path(options.data.partition(":")[2] or options.data).name
+    settings = {key: getattr(options, key) for key in kept} | {"data": data, "given_weights": bool(options.weights)}
+    return {"schema": 1, "settings": settings, "environment": environment(), "cells": []}
+
+
+def _dense(job: Job, path: Path) -> nn.Module:
+    model = job.model()
+    load_weights(model, path)
+    return model
+
+
+def _run(method: str, job: Job, dense: Path, options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    started = time.monotonic()
+    model = _dense(job, dense)
+    graph = trace(model, job.example)
+    if method.startswith("chipnet"):
+        small, facts = _chipnet(job, dense, align=1 if method.endswith("free") else 16, work=work)
+    else:
+        config = job.config
+        assert isinstance(config, PruneConfig)
+        start = job.model() if method == "scratch" else model
+        small, facts = METHOD[method](job, start, graph, config.keep), {}
+        if method != "scratch":
+            renew_norms(small, job.data.train, batch=job.batch, device=job.device)
+        epochs = options.total
+        if method == "scratch":
+            epochs = options.scratch_epochs or options.dense_epochs + options.total
+        finetune(job, small, epochs)
+        facts["epochs"] = epochs
+    seconds = time.monotonic() - started
+    return facts | _count(model, small, job) | _latency(model, small, job, work) | {"seconds": round(seconds)}
+
+
+def finetune(job: Job, model: nn.Module, epochs: int) -> None:
+    """The default recipe's own finetune, from its first step to its last."""
+    rules = job.recipe
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=rules.rate, momentum=rules.momentum, weight_decay=rules.weight_decay, nesterov=True
+    )
+    total = epochs * job.steps
+    for epoch in range(epochs):
+        train_epoch(
+            model,
+            job.data.train,
+            optimizer,
+            lambda step, before=epoch * job.steps: job.rate(before + step, total),
+            batch=job.batch,
+            seed=job.config.seed * 100_003 + epoch,
+            device=job.device,
+            watcher=Silent(),
+        )
+
+
+def _chipnet(job: Job, dense: Path, *, align: int, work: Path) -> tuple[nn.Module, dict[str, Any]]:
+    assert isinstance(job.config, PruneConfig)
+    config = job.config.model_copy(update={"align": align})
+    run = Run.create(work, "prune", config.model_dump())
+    result = prune(config, Job(config, job.data, job.recipe, job.device), run, dense, Silent())
+    metrics = run.metrics()
+    return load(run.path), {
+        "epochs": len(metrics),
+        "layers": result["layers"],
+        "soft": [row for row in metrics if row["phase"] == "soft"],
+    }
+
+
+def norm_scales(model: nn.Module, graph: ChannelGraph) -> np.ndarray:
+    """|scale| of every channel's BatchNorms, averaged where a stream has many."""
+    scales = {
+        name + ".weight": module.weight.detach().abs().double().cpu().numpy()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+    }
+    total, count = np.zeros(graph.channels), np.zeros(graph.channels)
+    for slot in graph.slots:
+        if slot.tensor in scales:
+            inside = slot.index >= 0
+            np.add.at(total, slot.index[inside], scales[slot.tensor][inside])
+            np.add.at(count, slot.index[inside], 1)
+    return total / np.maximum(count, 1)
+
+
+def one_shot_global(job: Job, model: nn.Module, graph: ChannelGraph, keep: float) -> nn.Module:
+    """Network Slimming's ranking (Liu et al., ICCV 2017): the largest threshold on |scale| that meets the budget."""
+    scores, cost = norm_scales(model, graph), CostModel.of(graph, "macs")
+    best_of_group = [graph.span(g).start + int(scores[graph.span(g)].argmax()) for g in range(len(graph.groups))]
+    order = np.argsort(-scores, kind="stable")
+
+    def mask(count: int) -> np.ndarray:
+        kept = np.zeros(graph.channels, dtype=bool)
+        kept[order[:count]] = kept[best_of_group] = True
+        return kept
+
+    fits = [n for n in range(graph.channels) if cost.count(group_widths(graph, mask(n))) <= keep * cost.dense]
+    return hard_prune(model, graph, PrunePlan.from_mask(graph, mask(max(fits))))
+
+
+def one_shot_uniform(job: Job, model: nn.Module, graph: ChannelGraph, keep: float) -> nn.Module:
+    """The same share of every group, the best |scale| inside; single channels are added until the budget is full."""
+    cost, sizes = CostModel.of(graph, "macs"), graph.sizes
+    plans = [np.maximum(1, np.floor(sizes * share)).astype(np.int64) for share in np.linspace(0.05, 1, 2000)]
+    widths = [plan for plan in plans if cost.count(plan) <= keep * cost.dense][-1]
+    for group in np.argsort(widths / sizes, kind="stable"):
+        wider = widths.copy()
+        wider[group] = min(sizes[group], widths[group] + 1)
+        if cost.count(wider) <= keep * cost.dense:
+            widths = wider
+    mask = Projector(graph, cost, 1).top(norm_scales(model, graph), widths)
+    return hard_prune(model, graph, PrunePlan.from_mask(graph, mask))
+
+
+def torch_pruning(job: Job, model: nn.Module, graph: ChannelGraph, keep: float) -> nn.Module:
+    """Torch-Pruning's global group-L2: the smallest ratio that meets the budget.
+
+    It does not know option-A shortcuts (their pads are constants to it): there the streams are given to it as ignored.
+    """
+    import copy
+
+    import torch_pruning as tp
+
+    dense = CostModel.of(graph, "macs").dense
+    streams = {name for group in graph.groups if group.branch is None for name in group.producers}
+    pads = any(hasattr(module, "before") for module in model.modules())
+
+    def cut(ratio: float) -> nn.Module:
+        small = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+        modules = dict(small.named_modules())
+        classifier = [m for m in small.modules() if isinstance(m, nn.Linear) and m.out_features == job.data.num_classes]
+        ignored = classifier + ([modules[name] for name in sorted(streams)] if pads else [])
+        tp.pruner.BasePruner(
+            small,
+            job.example,
+            importance=tp.importance.GroupMagnitudeImportance(p=2),
+            global_pruning=True,
+            pruning_ratio=ratio,
+            max_pruning_ratio=1.0 if pads else 0.95,
+            ignored_layers=ignored,
+        ).step()
+        return small
+
+    low, high = 0.0, 1.0
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (low, middle) if macs(cut(middle), job) <= keep * dense else (middle, high)
+    return cut(high)
+
+
+def narrower_from_scratch(job: Job, model: nn.Module, graph: ChannelGraph, keep: float) -> nn.Module:
+    """The uniform network with the fresh weights of `model`."""
+    return one_shot_uniform(job, model, graph, keep)
+
+
+METHOD: dict[str, Method] = {
+    "global": one_shot_global,
+    "uniform": one_shot_uniform,
+    "torch-pruning": torch_pruning,
+    "scratch": narrower_from_scratch,
+}
+
+
+def macs(model: nn.Module, job: Job) -> float:
+    """Counted by PyTorch's own counter on the network that was built."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(job.example[:1])
+    return counter.get_total_flops() / 2
+
+
+def _count(model: nn.Module, small: nn.Module, job: Job) -> dict[str, Any]:
+    size = lambda network: sum(p.numel() for p in network.parameters())  # noqa: E731
+    return {
+        "test": evaluate(small, job.data.test, job.device),
+        "macs": macs(small, job) / macs(model, job),
+        "params": size(small) / size(model),
+    }
+
+
+def _latency(model: nn.Module, small: nn.Module, job: Job, work: Path) -> dict[str, Any]:
+    """Time in ONNX Runtime on one CPU thread, as a share of the dense time; raw block ratios are kept."""
+    engines = []
+    for name, network in (("dense", model), ("small", small), ("control", model)):
+        path = work / f"{name}.onnx"
+        export_onnx(network.cpu().to(memory_format=torch.contiguous_format), job.example.cpu(), path)
+        engines.append(open_engine("ort-cpu", path, threads=1))
+    shares = {}
+    for batch in (1, 32):
+        images = np.random.default_rng(0).standard_normal((batch, *job.data.shape), dtype=np.float32)
+        dense, pruned, control = (partial(engine.run, images) for engine in engines)
+        measured = compare(dense, pruned, control=control, batch=batch, seconds=3.0)
+        shares[f"time_batch{batch}"] = {
+            "ratio": measured.ratio,
+            "interval": list(measured.ratio_interval),
+            "block_ratios": [round(float(value), 4) for value in measured.ratios],
+            "load": os.getloadavg()[0],
+        }
+    return shares
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m chipdeploy.cli`."""
+
+from .main import main
+
+main()

@@ -51,10 +51,8 @@ def tour() -> str:
     """The demo's own words, in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "chipdeploy.cli", "demo"]
-        done = subprocess.run(
-            command, cwd=folder, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-    lines = "\n".join("    " + line.rstrip() for line in done.stdout.splitlines())
+        done = subprocess.run(command, cwd=folder, check=True, text=True, capture_output=True)
+    lines = "\n".join("    " + line.rstrip() for line in (done.stderr + done.stdout).splitlines())
     machine = environment_line(json.loads((RESULTS / "gate-cost.json").read_text())["environment"])
     return f"What `make demo` prints ({machine}):\n\n{lines}"
 
@@ -74,13 +72,12 @@ def section(path: Path) -> str:
     """Accuracy and measured time of every method, mean over seeds."""
     store = json.loads(path.read_text(encoding="utf-8"))
     settings = store["settings"]
-    start = (
-        "the given checkpoint" if settings["given_weights"] else f"{settings['dense_epochs']} epochs of dense training"
-    )
+    start = "the given checkpoint" if settings["given_weights"] else f"{settings['dense_epochs']} epochs of training"
+    machine = environment_line(store["environment"])
     lines = [
         f"{settings['model']} on {settings['data']}, dense {store['dense_test']:.2%}, from {start}; "
-        f"{settings['total']} epochs in all for every method, {settings['soft']} of them with soft gates for chipdeploy. "
-        f"Time is that of ONNX Runtime, one thread, as a share of the dense network's ({environment_line(store['environment'])}). "
+        f"{settings['total']} epochs in all for every method, {settings['soft']} of them with soft gates in chipdeploy. "
+        f"Time: ONNX Runtime, one thread, as a share of the dense network's ({machine}). "
         f"Raw data: `{path.relative_to(ROOT)}`.",
         "",
         "| FLOPs kept | method | test accuracy | time, batch 1 | time, batch 32 | params |",

@@ -12,6 +12,7 @@ A cell that the output file holds already is not run again, so the script can be
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import tempfile
@@ -59,23 +60,31 @@ def main() -> None:
         device=options.device,
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    store = json.loads(options.out.read_text()) if options.out.is_file() else _header(options)
     with tempfile.TemporaryDirectory() as work:
         job = prepare(base)
         dense = Path(base.weights) if base.weights else train_dense(job, options.out.parent / "dense", Silent())
-        if "dense_test" not in store:
-            store["dense_test"] = evaluate(_dense(job, dense), job.data.test, job.device)
+        if not options.out.is_file():
+            accuracy = evaluate(_dense(job, dense), job.data.test, job.device)
+            write_json(options.out, _header(options) | {"dense_test": accuracy})
         for keep in map(float, options.keeps.split(",")):
             for seed in map(int, options.seeds.split(",")):
                 for method in options.methods.split(","):
                     cell = {"method": method, "keep": keep, "seed": seed}
-                    if any(cell.items() <= row.items() for row in store["cells"]):
+                    if any(cell.items() <= row.items() for row in json.loads(options.out.read_text())["cells"]):
                         continue
                     config = base.model_copy(update={"keep": keep, "seed": seed})
                     row = cell | _run(method, Job(config, job.data, job.recipe, job.device), dense, options, Path(work))
-                    store["cells"].append(row)
-                    write_json(options.out, store)
-                    print({key: row[key] for key in ("method", "keep", "seed", "test", "macs", "params", "seconds")})
+                    _append(options.out, row)
+                    print({key: row[key] for key in (*cell, "test", "macs", "params", "seconds")}, flush=True)
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    """Add a cell; other processes may work on other cells of the same file."""
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        store = json.loads(path.read_text())
+        store["cells"].append(row)
+        write_json(path, store)
 
 
 def _options() -> argparse.Namespace:

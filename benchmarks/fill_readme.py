@@ -76,7 +76,7 @@ def section(path: Path) -> str:
     machine = environment_line(store["environment"])
     lines = [
         f"{settings['model']} on {settings['data']}, dense {store['dense_test']:.2%}, from {start}; "
-        f"{settings['total']} epochs in all for every method, {settings['soft']} of them with soft gates in chipdeploy. "
+        f"{settings['total']} epochs in all for every method, {settings['soft']} of them soft in chipdeploy. "
         f"Time: ONNX Runtime, one thread, as a share of the dense network's ({machine}). "
         f"Raw data: `{path.relative_to(ROOT)}`.",
         "",

@@ -22,7 +22,9 @@ from chipdeploy.graph.labels import Ints
 
 BINS = 4000  # the knapsack's budget is cut into this many steps; costs are rounded up, so it is never exceeded
 MAX_CHOICES = 1024  # of one item; more are thinned evenly, and the last fill puts the finest steps back
-SLACK = 0.02  # share of the budget that may stay unused before finer steps than the alignment are tried
+SLACK = 0.02  # share of the budget that may stay unused before exchanges, then finer steps than the alignment are tried
+MAX_EXCHANGES = 8
+MAX_PAIRS = 20000  # of a narrower and a wider item in one exchange
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,11 +307,13 @@ class _Search:
         """Spend what is left of the budget, on the alignment first, in finer steps only where too much stays unused."""
         if self._cost(widths) > self._keep:
             widths = self._smallest_choice()
-        widths = self._raise(widths, self._p._units)
+        widths = self._exchange(self._raise(widths, self._p._units))
         units = self._p._units
         while units.max() > 1 and self._cost(widths) < self._keep * (1 - SLACK):
             units = np.maximum(units // 2, 1)
             widths = self._raise(widths, units, once=True)
+        if self._cost(widths) < self._keep * (1 - SLACK):
+            widths = self._raise(widths, units)
         if self._cost(widths) > self._keep:
             raise BudgetError(f"no plan in steps of the alignment keeps at most {self._keep:.2%}; use --align 1")
         return widths
@@ -329,6 +333,51 @@ class _Search:
                 return np.asarray(fitting[int(costs[costs <= self._keep].argmax())])
             gains = [sum(self._prefix[g][w] for g, w in enumerate(row)) for row in fitting.tolist()]
             widths = np.asarray(fitting[int(np.argmax(gains))])
+
+    def _exchange(self, widths: Ints) -> Ints:
+        """Narrow one item and widen another while too much stays unused and no more than SLACK of the value is lost."""
+        floor = self._worth(widths[None])[0] * (1 - SLACK)
+        for _ in range(MAX_EXCHANGES):
+            now = self._cost(widths)
+            if now >= self._keep * (1 - SLACK):
+                break
+            down = self._narrower(widths) - widths
+            up = self._wider(widths, self._p._units) - widths
+            if not len(down) or not len(up):
+                break
+            up = up[:: -(-len(down) * len(up) // MAX_PAIRS)]
+            first, second = np.divmod(np.arange(len(down) * len(up)), len(up))
+            apart = ~((down[first] != 0) & (up[second] != 0)).any(axis=1)
+            rows = widths + down[first[apart]] + up[second[apart]]
+            costs, worth = self._p.cost.counts(rows) / self._p.cost.dense, self._worth(rows)
+            better = np.flatnonzero((costs <= self._keep) & (costs > now) & (worth >= floor))
+            if not len(better):
+                break
+            near = better[costs[better] >= self._keep * (1 - SLACK)]
+            widths = rows[near[worth[near].argmax()] if len(near) else better[costs[better].argmax()]]
+        return widths
+
+    def _worth(self, rows: Ints) -> Floats:
+        """Value of many width vectors [K, G] ▶ [K]."""
+        parts = [prefix[rows[:, group]] for group, prefix in enumerate(self._prefix)]
+        return np.asarray(np.sum(parts, axis=0), dtype=np.float64)
+
+    def _narrower(self, widths: Ints) -> Ints:
+        """All plans with one group narrower by a step of the alignment, or one item empty where that is legal."""
+        rows = []
+        for item in self._p._items:
+            groups = list(item.groups)
+            if not widths[groups].any():
+                continue
+            for group in groups:
+                unit = int(self._p._units[group])
+                if widths[group] > unit:
+                    rows.append(widths.copy())
+                    rows[-1][group] = (widths[group] - 1) // unit * unit
+            if not item.choices[0].any():
+                rows.append(widths.copy())
+                rows[-1][groups] = 0
+        return np.array(rows, dtype=np.int64).reshape(-1, len(widths))
 
     def _wider(self, widths: Ints, units: Ints) -> Ints:
         """All plans with one group, or one empty branch, at any larger width."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from chipdeploy.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -19,13 +21,20 @@ class Schedule:
     kappa: tuple[float, float] = (10.0, 60.0)
     crispness_weight: float = 0.1
     budget_weight: float = 30.0
-    logit_rate: float = 0.02
+    logit_travel: float = 10.0  # how far Adam may move ψ in the whole phase, whatever the number of steps
     logit_decay: float = 0.0
     projected: bool = True
     listen: float = 0.1  # share of the phase in which all gates stay open and their importance is measured
     arrive: float = 0.7  # progress at which the falling budget reaches its end
     settle: float = 0.85  # progress from which the plan stays as it is, and the gates only become crisp
     renew: int = 20  # steps between two projections
+
+    def __post_init__(self) -> None:
+        # The last projection, at `settle`, must see the whole budget; after it the plan is final.
+        if not 0.0 <= self.listen < self.arrive <= self.settle <= 1.0:
+            raise UsageError(
+                f"a schedule needs 0 <= listen < arrive <= settle <= 1, got {self.listen}, {self.arrive}, {self.settle}"
+            )
 
     def beta_at(self, progress: float) -> float:
         """Steepness of the logistic curve."""
@@ -59,7 +68,7 @@ PAPER = Schedule(
     kappa=(10.0, 60.0),
     crispness_weight=10.0,
     budget_weight=30.0,
-    logit_rate=1e-3,
+    logit_travel=28.0,  # learning rate 1e-3 over 20 epochs of 1,406 steps
     projected=False,
     listen=0.0,
     arrive=1.0,

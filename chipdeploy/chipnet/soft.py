@@ -96,10 +96,12 @@ class ChipNet(nn.Module):
         self.register_buffer("_goal", torch.zeros(count, device=device))
         self.register_buffer("_planned", torch.ones(count, dtype=torch.bool, device=device))
         self.register_buffer("_group", torch.from_numpy(self.graph.group_of).to(device))
-        self.optimizer = torch.optim.AdamW(
-            [self.logits], lr=self.schedule.logit_rate, weight_decay=self.schedule.logit_decay
-        )
-        self._begun = False
+        # Half of the time that is left after the plan has settled closes 99 % of any distance.
+        settled_steps = (1.0 - self.schedule.settle) * self._steps
+        self._fade = 1.0 - 0.01 ** (1.0 / max(1.0, settled_steps / 2))
+        rate = self.schedule.logit_travel / self._steps
+        self.optimizer = torch.optim.AdamW([self.logits], lr=rate, weight_decay=self.schedule.logit_decay)
+        self._begun = self._settled = False
         self._last: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -111,6 +113,10 @@ class ChipNet(nn.Module):
     def listening(self) -> bool:
         """Whether all gates are still open."""
         return self.schedule.projected and self.progress < self.schedule.listen
+
+    @property
+    def _settling(self) -> bool:
+        return self.schedule.projected and self.progress >= self.schedule.settle
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The gated network's output."""
@@ -136,16 +142,17 @@ class ChipNet(nn.Module):
         assert self._last is not None, "call the network before its step"
         if self.listening:
             self._hear()
-        else:
+        elif not self._settled:  # after that the gates only become crisp
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._step += 1
         if self.schedule.projected and not self.listening:
             if not self._begun:
                 self._begin()
-            elif self._step % self.schedule.renew == 0 and self.progress < self.schedule.settle:
+            elif not self._settled and (self._step % self.schedule.renew == 0 or self._settling):
                 self._project()
-            self._shift += 0.1 * (self._goal - self._shift)
+            self._settled = self._settled or self._settling
+            self._shift += self._fade * (self._goal - self._shift)
 
     def target(self) -> float:
         """V0 at this step: the share that the soft network is to keep now."""
@@ -167,8 +174,7 @@ class ChipNet(nn.Module):
 
     def plan(self) -> PrunePlan:
         """The best plan under the budget, by ψ; from `settle` on the one that was found last. Never over the budget."""
-        settled = self.schedule.projected and self.progress >= self.schedule.settle
-        mask = self._planned.cpu().numpy() if settled else self._mask(self.budget.keep)
+        mask = self._planned.cpu().numpy() if self._settled else self._mask(self.budget.keep)
         return PrunePlan.from_mask(self.graph, mask)
 
     def folded(self) -> nn.Module:
@@ -186,11 +192,12 @@ class ChipNet(nn.Module):
 
     def counters(self) -> dict[str, Any]:
         """What a checkpoint must hold beside the tensors."""
-        return {"step": self._step, "begun": self._begun}
+        return {"step": self._step, "begun": self._begun, "settled": self._settled}
 
     def restore(self, counters: dict[str, Any]) -> None:
         """Put back what `counters` gave."""
         self._step, self._begun = int(counters["step"]), bool(counters["begun"])
+        self._settled = bool(counters["settled"])
 
     def _kept(self) -> Tensor:
         mask = self.plan().mask(self.graph)

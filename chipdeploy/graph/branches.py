@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from torch import nn
 from torch.fx import Node
 
-from chipdeploy.graph.rules.base import Tracing, op_name
+from chipdeploy.graph.rules.base import Tracing, keeps_zero, op_name, shape
+from chipdeploy.graph.rules.elementwise import UNARY
+from chipdeploy.graph.stubs import Geometry
 
 JOINS = frozenset({"add", "cat"})
-KEEPS_ZERO = frozenset({"relu", "relu6", "dropout", "hardtanh", "leaky_relu", "clone", "contiguous"})
-# Pooling kernels refuse tensors with no channels, so a branch that pools inside stays.
-NOT_ON_EMPTY = frozenset({"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"})
+# These kernels refuse tensors with no channels, and a view of nothing cannot infer a size: such branches stay.
+NOT_ON_EMPTY = frozenset(
+    {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d", "view", "reshape"}
+)
+PADS = frozenset({"pad", "constant_pad_nd"})
+STUBBED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.modules.batchnorm._BatchNorm)
 LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 
 
@@ -29,25 +35,32 @@ class BranchUse:
 def find_branches(tracing: Tracing, output: Node) -> list[BranchUse]:
     """Every branch that can go, innermost first; of overlapping ones only the smallest is kept."""
     candidates = [node for node in tracing.flows if node.users and all(op_name(user) in JOINS for user in node.users)]
-    alive = _ancestors([output], without=None)
-    dead_sets = [(node, frozenset(alive - _ancestors([output], without=node))) for node in candidates if node in alive]
+    alive = _ancestors([output], without=set())
+    dead_sets = [
+        (node, frozenset(alive - _ancestors([output], without={node}))) for node in candidates if node in alive
+    ]
     found: list[BranchUse] = []
+    ends: set[Node] = set()
     for node, dead in sorted(dead_sets, key=lambda pair: len(pair[1])):
-        if any(dead & branch.nodes for branch in found) or any(_is_input(tracing, member) for member in dead):
+        if any(dead & branch.nodes for branch in found):
+            continue
+        # The input must reach the output even when every branch is gone.
+        if not any(_is_input(tracing, member) for member in _ancestors([output], without=ends | {node})):
             continue
         branch = _describe(tracing, node, dead)
         if branch is not None:
             found.append(branch)
+            ends.add(node)
     return found
 
 
-def _ancestors(roots: Iterable[Node], *, without: Node | None) -> set[Node]:
-    """All nodes that the roots need, when `without` yields nothing."""
+def _ancestors(roots: Iterable[Node], *, without: set[Node]) -> set[Node]:
+    """All nodes that the roots need, when those in `without` yield nothing."""
     seen: set[Node] = set()
     stack = list(roots)
     while stack:
         node = stack.pop()
-        if node is without or node in seen:
+        if node in without or node in seen:
             continue
         seen.add(node)
         stack.extend(node.all_input_nodes)
@@ -74,7 +87,7 @@ def _describe(tracing: Tracing, end: Node, dead: frozenset[Node]) -> BranchUse |
         if int(root) not in outside and tracing.labels.reason(int(root)) is None
     )
     calls = [node for node in dead if node.op == "call_function"]
-    if not inside or any(op_name(node) in NOT_ON_EMPTY for node in calls):
+    if not inside or any(not _runs_empty(tracing, node) for node in calls):
         return None
     summed = any(op_name(user) == "add" for user in end.users)
     tail = _tail(tracing, end, dead) if summed else ((), None)
@@ -87,7 +100,7 @@ def _describe(tracing: Tracing, end: Node, dead: frozenset[Node]) -> BranchUse |
 def _tail(tracing: Tracing, end: Node, dead: frozenset[Node]) -> tuple[tuple[str, ...], Node] | None:
     """The affine tensors that make a summed branch's constant, and the layer that its last channels come from."""
     node = end
-    while op_name(node) in KEEPS_ZERO and node in dead:
+    while keeps_zero(node) and node in dead:
         node = node.all_input_nodes[0]
     affine: tuple[str, ...] = ()
     if op_name(node) == "batch_norm" and node in dead:
@@ -101,7 +114,8 @@ def _tail(tracing: Tracing, end: Node, dead: frozenset[Node]) -> tuple[tuple[str
     bias = node.args[2] if len(node.args) > 2 else None
     if bias is not None and not affine:
         affine = (tracing.tensor_name(bias),)
-    return affine, node
+    elsewhere = {name for user, names in tracing.tensors_of.items() if user not in dead for name in names}
+    return None if elsewhere & set(affine) else (affine, node)
 
 
 def _stubs(
@@ -116,10 +130,40 @@ def _stubs(
             kind = "pass" if last is not None and last in node.all_input_nodes else "none"
         else:
             kind = None
-        if kind is None or stubs.get(path, kind) != kind or _used_outside(tracing, path, dead):
+        if (
+            kind is None
+            or stubs.get(path, kind) != kind
+            or _used_outside(tracing, path, dead)
+            or not _stub_fits(tracing, node)
+        ):
             return None
         stubs[path] = kind
     return tuple(stubs.items())
+
+
+def _runs_empty(tracing: Tracing, node: Node) -> bool:
+    """Whether an op between the stubs takes a tensor with no channels. A layer's own ops vanish with it."""
+    if isinstance(tracing.owner(node)[1], STUBBED):
+        return True
+    mirrored = op_name(node) in PADS and len(node.args) > 2 and node.args[2] != "constant"
+    return not mirrored and op_name(node) not in NOT_ON_EMPTY
+
+
+def _stub_fits(tracing: Tracing, node: Node) -> bool:
+    """Whether a stub can stand in for the module that owns `node`: a subclass may do more than its layer."""
+    path, module = tracing.owner(node)
+    own = [other for other in tracing.flows if other.op == "call_function" and tracing.owner(other)[0] == path]
+    pads = [other for other in own if op_name(other) in PADS]
+    known = {op_name(node), *PADS, *UNARY}
+    if not isinstance(module, STUBBED) or any(op_name(other) not in known for other in own):
+        return False
+    if any(op_name(user) not in LAYERS for pad in pads for user in pad.users):
+        return False
+    source = node.all_input_nodes[0]
+    if source in pads:
+        source = source.all_input_nodes[0]
+    sizes = shape(node)
+    return Geometry.of(module).shape(shape(source), sizes[-1 if isinstance(module, nn.Linear) else 1]) == sizes
 
 
 def _modules(tracing: Tracing, dead: frozenset[Node]) -> Iterator[tuple[Node, str]]:

@@ -8,23 +8,24 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from chipdeploy.graph.rules.base import op_name
+from chipdeploy.graph.rules.base import keeps_zero, op_name
 
 ZEROS = frozenset({"new_zeros", "zeros", "zeros_like"})
-KEEPS_ZERO = frozenset({"relu", "relu6", "dropout", "hardtanh", "leaky_relu", "clone", "contiguous"})
 
 
 def remove_dead_branches(program: ExportedProgram) -> ExportedProgram:
     """Drop sums with zeros, empty parts of concatenations and pads by nothing, then all that nobody reads.
 
-    Works on the program in place and returns it.
+    Works in place, but for a program that writes to tensors: that one is made free of side effects first.
     """
+    if any(_writes(node) for node in program.graph.nodes):
+        program = program.run_decompositions({})
     zeros: set[Node] = set()
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
         name = op_name(node)
-        if name in ZEROS or (name in KEEPS_ZERO and node.args[0] in zeros):
+        if name in ZEROS or (keeps_zero(node) and node.args[0] in zeros):
             zeros.add(node)
         elif (other := _same_as(node, name, zeros)) is not None:
             node.replace_all_uses_with(other)
@@ -39,7 +40,8 @@ def _same_as(node: Node, name: str, zeros: set[Node]) -> Node | None:
     """The operand that a node merely repeats."""
     if name == "add" and len(node.all_input_nodes) == 2:
         for zero, other in (node.all_input_nodes, reversed(node.all_input_nodes)):
-            if zero in zeros and _shape(other) == _shape(node):
+            scaled = node.kwargs.get("alpha", 1) != 1 and other is node.args[1]
+            if zero in zeros and _shape(other) == _shape(node) and not scaled:
                 return other
     if name in ("pad", "constant_pad_nd") and not any(cast("list[int]", node.args[1])):
         return cast(Node, node.args[0])
@@ -59,6 +61,10 @@ def _shape(node: Node) -> tuple[object, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
+def _writes(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
 def _must_stay(node: Node) -> bool:
-    # An in-place op whose result nobody reads is dead too: what it wrote to is dead with it.
     return node.op in ("placeholder", "output") or (node.op == "call_function" and "assert" in op_name(node))

@@ -12,10 +12,10 @@ class NoChannels(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.geometry = _Geometry.of(layer)
+        self.geometry = Geometry.of(layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros(self.geometry.shape(x, 0))
+        return x.new_zeros(self.geometry.shape(x.shape, 0))
 
 
 class Zeros(nn.Module):
@@ -23,14 +23,14 @@ class Zeros(nn.Module):
 
     def __init__(self, layer: nn.Module, channels: int) -> None:
         super().__init__()
-        self.geometry = _Geometry.of(layer)
+        self.geometry = Geometry.of(layer)
         self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros(self.geometry.shape(x, self.channels))
+        return x.new_zeros(self.geometry.shape(x.shape, self.channels))
 
 
-class _Geometry:
+class Geometry:
     """Output shape of a convolution, linear or norm layer, for a given input."""
 
     def __init__(self, windows: tuple[tuple[int, int, int, int], ...] | None, last: bool) -> None:
@@ -38,7 +38,7 @@ class _Geometry:
         self._last = last  # channels along the last dimension
 
     @classmethod
-    def of(cls, layer: nn.Module) -> _Geometry:
+    def of(cls, layer: nn.Module) -> Geometry:
         if isinstance(layer, nn.Linear):
             return cls(None, last=True)
         if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -49,12 +49,13 @@ class _Geometry:
         padding = padding or [0] * len(layer.kernel_size)
         return cls(tuple(zip(layer.kernel_size, layer.stride, padding, layer.dilation, strict=True)), last=False)
 
-    def shape(self, x: Tensor, channels: int) -> tuple[int, ...]:
+    def shape(self, before: tuple[int, ...], channels: int) -> tuple[int, ...]:
+        """Shape of the layer's output, with this many channels, for an input of the shape `before`."""
         if self._last:
-            return (*x.shape[:-1], channels)
-        sizes = tuple(x.shape[2:])
+            return (*before[:-1], channels)
+        sizes = tuple(before[2:])
         if self._windows is not None:
             sizes = tuple(
                 (size + p - d * (k - 1) - 1) // s + 1 for size, (k, s, p, d) in zip(sizes, self._windows, strict=True)
             )
-        return (x.shape[0], channels, *sizes)
+        return (before[0], channels, *sizes)

@@ -36,8 +36,10 @@ def trace(model: nn.Module, example: Tensor) -> ChannelGraph:
     The model is analysed in eval mode and handed back as it was.
 
     Raises:
-        ModelError: `torch.export` cannot follow the model, or nothing in it can be pruned.
+        ModelError: `torch.export` cannot follow the model, a layer is registered under two names, or nothing in it can
+            be pruned.
     """
+    _refuse_aliases(model)
     program = export_program(model, example)
     tracing = _walk(model, program)
     output = next(node for node in program.graph.nodes if node.op == "output")
@@ -45,6 +47,17 @@ def trace(model: nn.Module, example: Tensor) -> ChannelGraph:
     if not graph.groups:
         raise ModelError(f"nothing to prune: every channel is pinned; got {len(graph.pinned)} pinned groups")
     return graph
+
+
+def _refuse_aliases(model: nn.Module) -> None:
+    """`torch.func.functional_call` leaves a module that is registered twice with the tensors of the call."""
+    paths: dict[nn.Module, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if module in paths and (module._parameters or module._buffers):
+            raise ModelError(
+                f"{path} and {paths[module]} are one module under two names; register it once and call it twice"
+            )
+        paths[module] = path
 
 
 def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
@@ -79,8 +92,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _walk(model: nn.Module, program: ExportedProgram) -> Tracing:
     signature = program.graph_signature
-    tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    tracing = Tracing(model, Labels(), {name: str(target) for name, target in tensors.items()})
+    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    first = _first_names(model)
+    tracing = Tracing(model, Labels(), {name: first[str(target)] for name, target in targets.items()})
     untouchable: set[str] = set()
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name not in tracing.tensors:
@@ -93,10 +107,22 @@ def _walk(model: nn.Module, program: ExportedProgram) -> Tracing:
         elif node.op == "call_function":
             for value in tensor_arguments(node):
                 _pin_inputs(tracing, value, f"no rule for {node.target}")
+                if tracing.is_tensor(value):
+                    untouchable.add(tracing.tensor_name(value))
     for (name, _), (labels, _) in tracing.dims.items():
         if name in untouchable:
             tracing.labels.pin(labels, f"{name} is also read by an operation without a rule")
     return tracing
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Name of every parameter and buffer ▶ the first of its names: tied ones have several."""
+    first: dict[int, str] = {}
+    names = {}
+    for tensors in (model.named_parameters, model.named_buffers):
+        for name, tensor in tensors(remove_duplicate=False):
+            names[name] = first.setdefault(id(tensor), name)
+    return names
 
 
 def _apply(tracing: Tracing, node: Node, untouchable: set[str]) -> Flow | None:
@@ -105,7 +131,11 @@ def _apply(tracing: Tracing, node: Node, untouchable: set[str]) -> Flow | None:
     try:
         if apply is None:
             raise Denied("no rule for it")
-        return apply(tracing, node)
+        flow = apply(tracing, node)
+        bound = tracing.tensors_of.get(node, [])
+        read = (tracing.tensor_name(value) for value in tensor_arguments(node) if tracing.is_tensor(value))
+        untouchable.update(name for name in read if name not in bound)
+        return flow
     except Denied as refusal:
         path = tracing.owner(node)[0] or "the model"
         for value in tensor_arguments(node):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -67,6 +68,7 @@ class Tracing:
     counts: list[tuple[str, str, Ints]] = field(default_factory=list)
     layers: list[LayerUse] = field(default_factory=list)
     tensors_of: dict[Node, list[str]] = field(default_factory=dict)  # parameters that a node reads
+    _owners: dict[Node, tuple[str, nn.Module]] = field(default_factory=dict)
 
     def flow(self, node: object, dim: int) -> Ints:
         """Labels of `node` along `dim`; fresh pinned ones where nothing is known."""
@@ -83,6 +85,14 @@ class Tracing:
     def is_tensor(self, node: object) -> bool:
         """Whether `node` is a parameter or buffer itself, not computed from one."""
         return isinstance(node, Node) and node.op == "placeholder" and node.name in self.tensors
+
+    def is_parameter(self, node: object) -> bool:
+        """Whether `node` is a parameter itself; gates cannot be folded into a buffer."""
+        return self.is_tensor(node) and self.tensor_name(node) in self._parameters
+
+    @cached_property
+    def _parameters(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self.model.named_parameters())
 
     def tensor_name(self, node: object) -> str:
         """The parameter or buffer behind a placeholder; Denied when the tensor is computed."""
@@ -106,11 +116,22 @@ class Tracing:
 
     def owner(self, node: Node) -> tuple[str, nn.Module]:
         """Path and module whose forward issued the op."""
+        if node in self._owners:
+            return self._owners[node]
         stack = node.meta.get("nn_module_stack") or {}
         path = list(stack.values())[-1][0] if stack else ""
         # A module called a second time is traced under the name `path@1`.
         path = path.split("@")[0]
-        return path, self.model.get_submodule(path)
+        self._owners[node] = path, self.model.get_submodule(path)
+        return self._owners[node]
+
+
+def keeps_zero(node: Node) -> bool:
+    """Whether an op maps zeros to zeros."""
+    if op_name(node) == "hardtanh":
+        low, high = (*node.args[1:3], -1.0, 1.0)[:2] if len(node.args) != 2 else (node.args[1], 1.0)
+        return isinstance(low, int | float) and isinstance(high, int | float) and low <= 0 <= high
+    return op_name(node) in ("relu", "dropout", "leaky_relu", "clone", "contiguous", "relu6")
 
 
 def positions(node: Node, channel_dim: int) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 from torch.fx import Node
 
 from chipdeploy.graph.labels import Flow, Ints
-from chipdeploy.graph.rules.base import LayerUse, Tracing, positions, rule, shape
+from chipdeploy.graph.rules.base import Denied, LayerUse, Tracing, positions, rule, shape
 
 NONE: Ints = np.zeros(0, dtype=np.int64)
 
@@ -27,8 +27,13 @@ def convolution(tracing: Tracing, node: Node) -> Flow:
     depthwise = groups != 1 and in_per_group == 1 and out_channels == len(inputs)
     if not tracing.is_tensor(weight):
         return _pinned(tracing, node, inputs, "its weight is computed in the forward pass")
+    if not tracing.is_parameter(weight):
+        return _pinned(tracing, node, inputs, "its weight is a buffer")
     if groups != 1 and not depthwise:
         return _pinned(tracing, node, inputs, f"convolution with {groups} groups of {in_per_group} channels")
+    path, module = tracing.owner(node)
+    if depthwise and getattr(module, "groups", None) != groups:
+        return _pinned(tracing, node, inputs, "groups written in the code; give its module the attribute groups")
     name = tracing.tensor_name(weight).rpartition(".")[0]
     outputs = inputs if depthwise else tracing.labels.new(out_channels)
     if not depthwise:
@@ -36,12 +41,11 @@ def convolution(tracing: Tracing, node: Node) -> Flow:
     tracing.bind(node, weight, 0, outputs)
     if bias is not None:
         tracing.bind(node, bias, 0, outputs)
-    path, module = tracing.owner(node)
     if hasattr(module, "out_channels"):
         tracing.count(path, "out_channels", outputs)
         tracing.count(path, "in_channels", inputs)
-        if groups != 1:
-            tracing.count(path, "groups", outputs)
+    if groups != 1:
+        tracing.count(path, "groups", outputs)
     reads = inputs if groups == 1 else NONE
     tracing.layers.append(LayerUse(node, name, outputs, reads, positions(node, 1), int(np.prod(kernel))))
     return Flow(1, outputs)
@@ -67,6 +71,8 @@ def linear(tracing: Tracing, node: Node) -> Flow:
     assert isinstance(features, Node) and isinstance(weight, Node)
     bias = _argument(node, 2, "bias", None)
     name = tracing.tensor_name(weight).rpartition(".")[0]
+    if not tracing.is_parameter(weight):
+        raise Denied("its weight is a buffer")
     last = len(shape(features)) - 1
     inputs = tracing.flow(features, last)
     outputs = tracing.labels.new(shape(weight)[0])

@@ -9,7 +9,7 @@ import numpy as np
 from torch.fx import Node
 
 from chipdeploy.graph.labels import Flow
-from chipdeploy.graph.rules.base import Denied, Tracing, rule, shape
+from chipdeploy.graph.rules.base import Denied, Tracing, op_name, rule, shape
 
 
 @rule("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d")
@@ -71,6 +71,8 @@ def pad(tracing: Tracing, node: Node) -> Flow | None:
     before, after = (amounts[pair], amounts[pair + 1]) if pair + 1 < len(amounts) else (0, 0)
     if not before and not after:
         return flow
+    if len(node.args) > 2 and node.args[2] != "constant":
+        raise Denied("pads channels with copies of others")
     path, module = tracing.owner(node)
     if (getattr(module, "before", None), getattr(module, "after", None)) != (before, after):
         raise Denied("pads channels by numbers written in the code; give its module the attributes before and after")
@@ -99,7 +101,12 @@ def flatten(tracing: Tracing, node: Node) -> Flow | None:
     assert isinstance(source, Node)
     flow = tracing.flows.get(source)
     before, after = shape(source), shape(node)
-    if flow is None or before == after:
+    if flow is None:
+        return None
+    sizes = node.args[1] if op_name(node) != "flatten" else None
+    if isinstance(sizes, Sequence) and (len(sizes) <= flow.dim or sizes[flow.dim] != -1):
+        raise Denied("reshapes to numbers written in the code; use flatten(1), or -1 for the channels")
+    if before == after:
         return flow
     if flow.dim == 1 and len(after) == 2 and before[0] == after[0]:
         return Flow(1, np.repeat(flow.labels, int(np.prod(before[2:], dtype=np.int64))))

@@ -1,0 +1,162 @@
+"""The soft phase on a small network that really learns: the budget is met before the cut, and the cut loses nothing."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import chipdeploy as cd
+from chipdeploy import checkpoint
+from chipdeploy.chipnet.schedule import PAPER
+from chipdeploy.chipnet.soft import ChipNet
+from chipdeploy.errors import BudgetError, UsageError
+from chipdeploy.graph.plan import group_widths
+from chipdeploy.training.models import build_model
+
+STEPS = 120
+EXAMPLE = torch.zeros(2, 3, 16, 16)
+
+
+def batches(count, seed=0):
+    """Four classes, told apart by the quadrant that is bright."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        labels = torch.randint(0, 4, (32,), generator=generator)
+        images = 0.5 * torch.randn(32, 3, 16, 16, generator=generator)
+        for image, label in zip(images, labels.tolist(), strict=True):
+            row, column = 8 * (label // 2), 8 * (label % 2)
+            image[:, row : row + 8, column : column + 8] += 1.0
+        yield images, labels
+
+
+def network():
+    torch.manual_seed(0)
+    return build_model("resnet20", num_classes=4, in_channels=3, image_size=16)
+
+
+def soft_prune(kind="flops", keep=0.3, steps=STEPS, **options):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    chip = ChipNet(model, EXAMPLE, cd.Budget(kind, keep), steps=steps, **options)
+    for images, labels in batches(steps):
+        chip.train()
+        loss = chip.loss(F.cross_entropy(chip(images), labels))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        chip.step()
+    return chip
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    return soft_prune()
+
+
+def test_the_soft_network_meets_the_budget_before_any_threshold(pruned):
+    assert pruned.progress == 1.0
+    assert abs(pruned.soft_share() - 0.3) <= 0.02
+    assert pruned.crisp() >= 0.99
+
+
+def test_the_plan_is_never_over_the_budget(pruned):
+    widths = group_widths(pruned.graph, pruned.plan().mask(pruned.graph))
+    share = pruned.cost.count(widths) / pruned.cost.dense
+    assert 0.98 * 0.3 <= share <= 0.3
+
+
+def test_the_cut_loses_nothing_against_the_soft_network(pruned):
+    images, labels = next(batches(1, seed=1))
+    pruned.eval()
+    small = cd.hard_prune(pruned.folded(), pruned.graph, pruned.plan()).eval()
+    with torch.no_grad():
+        soft, cut = pruned(images), small(images)
+    assert float((soft - cut).abs().max() / soft.abs().max()) < 0.02
+    assert torch.equal(soft.argmax(1), cut.argmax(1))
+    assert float((cut.argmax(1) == labels).float().mean()) > 0.8  # 0.25 by chance
+
+
+def test_folding_leaves_the_model_as_it_is(pruned):
+    before = copy.deepcopy(pruned.model.state_dict())
+    pruned.folded()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["params", "channels", "volume"])
+def test_every_budget_is_met_softly_and_after_the_cut(kind):
+    chip = soft_prune(kind, 0.5, steps=60)
+    share = chip.cost.count(group_widths(chip.graph, chip.plan().mask(chip.graph))) / chip.cost.dense
+    assert abs(chip.soft_share() - 0.5) <= 0.02
+    assert share <= 0.5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_even_the_shortest_phase_ends_under_the_budget(steps):
+    chip = soft_prune(steps=steps)
+    assert chip.cost.count(group_widths(chip.graph, chip.plan().mask(chip.graph))) <= 0.3 * chip.cost.dense
+
+
+def test_all_gates_are_open_while_they_listen():
+    chip = ChipNet(network(), EXAMPLE, cd.Budget("flops", 0.3), steps=100)
+    images, _ = next(batches(1))
+    chip.eval()
+    with torch.no_grad():
+        assert torch.equal(chip(images), chip.model(images))
+    assert chip.loss(torch.tensor(1.5)).item() == 1.5
+
+
+def test_one_seed_one_plan():
+    first, second = soft_prune(steps=30), soft_prune(steps=30)
+    assert first.plan() == second.plan()
+    assert torch.equal(first.logits, second.logits)
+
+
+def test_a_checkpoint_holds_all_that_the_gates_need(pruned):
+    other = ChipNet(network(), EXAMPLE, cd.Budget("flops", 0.3), steps=STEPS)
+    tensors = checkpoint.pack("chip", pruned) | checkpoint.pack("logits", pruned.optimizer)
+    checkpoint.unpack("chip", tensors, other)
+    checkpoint.unpack("logits", tensors, other.optimizer)
+    other.restore(pruned.counters())
+    assert torch.equal(other.gates(), pruned.gates())
+    assert other.plan() == pruned.plan()
+
+
+def test_the_published_schedule_trains_and_its_cut_keeps_the_budget():
+    chip = soft_prune(steps=40, schedule=PAPER)
+    assert chip.cost.count(group_widths(chip.graph, chip.plan().mask(chip.graph))) <= 0.3 * chip.cost.dense
+
+
+@pytest.mark.parametrize(("kind", "keep"), [("flops", 0.0), ("flops", 1.0), ("flops", -1.0), ("flops", float("nan"))])
+def test_a_budget_outside_its_range_is_refused(kind, keep):
+    with pytest.raises(UsageError, match="between 0 and 1"):
+        cd.Budget(kind, keep)
+
+
+def test_an_unknown_budget_is_refused_with_the_known_ones():
+    with pytest.raises(UsageError, match="flops, params, channels, volume"):
+        cd.Budget("energy", 0.5)
+
+
+def test_a_budget_below_the_smallest_network_is_refused_with_that_network():
+    with pytest.raises(BudgetError, match=r"smallest connected network keeps 0\.\d+%"):
+        ChipNet(network(), EXAMPLE, cd.Budget("flops", 1e-5))
+
+
+def test_the_snippet_of_the_readme_runs():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    match = re.search(r"<!-- snippet:begin -->\n```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert match is not None
+    code = match.group(1)
+    assert len(code.splitlines()) < 15
+    names: dict = {}
+    exec(code, names)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    small = names["prune"](model, batches(40), optimizer, EXAMPLE, 40)
+    assert type(small) is type(model)
+    ratio = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())
+    assert ratio < 0.7
+    assert small(EXAMPLE).shape == (2, 4)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from chipdeploy.errors import UsageError
 
@@ -36,6 +36,12 @@ class TrainConfig(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**31)
     device: str = "auto"
 
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        """`0.5,0.5,0.5`, as in the environment."""
+        return value.split(",") if isinstance(value, str) else value
+
 
 class PruneConfig(TrainConfig):
     """What a pruning run depends on."""
@@ -47,6 +53,12 @@ class PruneConfig(TrainConfig):
     soft_epochs: int | None = Field(default=None, ge=1)
     finetune_epochs: int | None = Field(default=None, ge=0)
 
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        """`30%`, as on the command line."""
+        return float(value.removesuffix("%")) / 100 if isinstance(value, str) and value.endswith("%") else value
+
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -56,16 +68,19 @@ def settings(
 ) -> dict[str, Any]:
     """Flags over CHIPDEPLOY_* over a TOML file over defaults; flags that are None were not given.
 
+    File and environment are shared by all commands: what only another command takes is left out.
+
     Raises:
         UsageError: an unknown key or a value out of range, naming the key.
     """
-    known = list(schema.model_fields)
+    known = list(PruneConfig.model_fields)
     merged: dict[str, Any] = {}
     for source, values in (("file", _from_file(file)), ("environment", _from_environment(environment))):
         for key, value in values.items():
             if key not in known:
                 raise UsageError(f"unknown setting {key!r} in the {source}{_guess(key, known)}")
-            merged[key] = value
+            if key in schema.model_fields:
+                merged[key] = value
     merged |= {key: value for key, value in flags.items() if value is not None}
     return merged
 

@@ -261,7 +261,8 @@ class Pruning:
         better = self.best is None or (ready, row["val_cut"]) > (self.best["ready"], self.best["val_cut"])
         # Without a ready epoch the last one is cut: its gates are the crispest that there are.
         if better or (last and not self.best["ready"]):  # type: ignore[index]
-            self.best = {"ready": ready, "epoch": epoch + 1, "val_cut": row["val_cut"], "plan": plan.to_dict()}
+            self.best = {"ready": ready, "epoch": epoch + 1, "val_soft": row["val_soft"], "val_cut": row["val_cut"]}
+            self.best["plan"] = plan.to_dict()
             self.best_state = {name: tensor.clone() for name, tensor in cut.state_dict().items()}
         return row
 
@@ -343,10 +344,11 @@ def prune(config: PruneConfig, job: Job, run: Run, dense: Path, watcher: Watcher
     accuracy = {
         "dense": evaluate(pruning.dense, job.data.test, job.device),
         "pruned": evaluate(small, job.data.test, job.device),
-        "cut": pruning.best["val_cut"] if pruning.best else None,
         "test_images": len(job.data.test),
     }
-    result = summarise(config, graph, plan, accuracy) | {"epoch_cut": pruning.best and pruning.best["epoch"]}
+    assert pruning.best is not None
+    validation = {"soft": pruning.best["val_soft"], "cut": pruning.best["val_cut"], "epoch": pruning.best["epoch"]}
+    result = summarise(config, graph, plan, accuracy) | {"validation": validation}
     run.write(RESULT, result)
     run.seal([DENSE, PRUNED, PLAN, RESULT, DATA])
     run.file(checkpoint.NAME).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -65,6 +66,21 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} cannot be read: {error}; run the command that wrote it again") from error
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise RunError(f"{path} is damaged: it holds no JSON object; make the run again")
+    return value
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it. Raises RunError where that is impossible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make {path}: {error.strerror}; choose another folder with --runs") from error
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file."""
     with path.open("rb") as file:
@@ -74,8 +90,9 @@ def file_digest(path: Path) -> str:
 class Run:
     """One run directory."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, root: Path | None = None) -> None:
         self.path = path
+        self.root = root or path.parent  # of the pointer to the latest run
 
     @classmethod
     def create(cls, root: Path, command: str, config: Mapping[str, Any], *, path: Path | None = None) -> Run:
@@ -87,7 +104,7 @@ class Run:
         if path is None:
             stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
             path = root / f"{stamp}-{command}-{secrets.token_hex(2)}"
-        run = cls(path)
+        run = cls(path, root)
         if (path / MANIFEST).is_file():
             run._resume(command, config)
             return run
@@ -119,19 +136,19 @@ class Run:
             raise RunError(
                 f"no finished run in {root}/; run 'chipdeploy {command} --flops 0.3' first, or give --run DIR"
             )
+        # An absolute path where the run lies elsewhere.
         return cls.open(root / pointer.read_text(encoding="utf-8").strip())
 
     @property
     def manifest(self) -> dict[str, Any]:
-        manifest: dict[str, Any] = read_json(self.path / MANIFEST)
+        manifest = _read_object(self.path / MANIFEST)
         if manifest.get("schema") != SCHEMA:
             raise RunError(f"{self.path} has schema {manifest.get('schema')}; this version reads schema {SCHEMA}")
         return manifest
 
     @property
     def config(self) -> dict[str, Any]:
-        config: dict[str, Any] = read_json(self.path / CONFIG)
-        return config
+        return _read_object(self.path / CONFIG)
 
     @property
     def finished(self) -> bool:
@@ -157,7 +174,10 @@ class Run:
         path = self.path / METRICS
         if not path.is_file():
             return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        except ValueError as error:
+            raise RunError(f"{path} is damaged: {error}; delete it, or make the run again") from error
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Replace all metrics: after a resume, epochs that are run again do not stand twice."""
@@ -183,41 +203,43 @@ class Run:
         manifest = self.manifest
         manifest["status"] = "done"
         write_json(self.path / MANIFEST, manifest)
-        write_text(self.path.parent / f"latest-{command}", self.path.name + "\n")
+        path, root = self.path.resolve(), self.root.resolve()
+        make_folder(root)
+        write_text(root / f"latest-{command}", f"{path.name if path.parent == root else path}\n")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Only one process may write into a run. A lock whose process is gone is taken over.
+        """Only one process may write into a run. The system lets go of the lock when its process ends, however it ends.
+
+        The file stays: taking it away would let two processes lock two files of one name.
 
         Raises:
-            RunError: another living process holds it.
+            RunError: another living process holds it, or the folder cannot be written.
         """
         path = self.path / LOCK
-        self._break_stale(path)
         try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError as error:
-            raise RunError(
-                f"{self.path} is in use by process {path.read_text().strip()}; wait for it, or choose --run"
-            ) from error
+            file = path.open("a+", encoding="utf-8")
         except OSError as error:
             raise _unwritable(path, error) from error
-        with os.fdopen(descriptor, "w") as file:
-            file.write(str(os.getpid()))
-        try:
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                owner = file.read().strip() or "another"
+                raise RunError(f"{self.path} is in use by process {owner}; wait for it, or choose --run") from error
+            except OSError as error:
+                raise _unwritable(path, error) from error
+            self._sign(path)
             yield
-        finally:
-            path.unlink(missing_ok=True)
 
     @staticmethod
-    def _break_stale(path: Path) -> None:
+    def _sign(path: Path) -> None:
+        """Say who holds the lock, for the message of whoever is refused."""
         try:
-            owner = int(path.read_text())
-            os.kill(owner, 0)
-        except (ProcessLookupError, ValueError):
-            path.unlink(missing_ok=True)
-        except (OSError, OverflowError):
-            return
+            path.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        except OSError as error:
+            raise _unwritable(path, error) from error
 
     def _resume(self, command: str, config: Mapping[str, Any]) -> None:
         manifest, before = self.manifest, self.config

@@ -7,16 +7,14 @@ from pathlib import Path
 from . import options
 from .output import console, note, print_json
 
-# Short, so that the whole job ends in a few minutes on two cores; real runs take the recipe's own lengths.
+# Short, so that the whole job ends in a few minutes on two cores; a run of its own takes the recipe's lengths.
 SETTINGS = {
     "model": "resnet20",
     "data": "fashion-mini",
     "kind": "flops",
     "keep": 0.3,
-    "train_epochs": 6,
     "soft_epochs": 3,
     "finetune_epochs": 4,
-    "device": "cpu",
 }
 
 

@@ -9,7 +9,6 @@ import traceback
 from types import FrameType
 from typing import Any
 
-import click
 import typer
 
 from chipdeploy import __version__
@@ -18,10 +17,14 @@ from chipdeploy.errors import ChipdeployError
 from . import bench, demo, export, inspect, prune, report, train
 from .output import note, print_json
 
+INTERRUPTED = 130
+RESUME = "give the same command with --run and the run's folder to resume"
+# Typer carries its own copy of click from 0.2x on: its base of all usage errors is reached by way of a public one.
+TyperUsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
+
 app = typer.Typer(
     name="chipdeploy",
     help="Prune a CNN to a budget, cut it for real, export it, and measure the speedup.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -39,11 +42,15 @@ for name, function in {
 
 
 @app.callback(invoke_without_command=True)
-def root(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+def root(
+    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version.")
+) -> None:
     """Prune a CNN to a budget, cut it for real, export it, and measure the speedup."""
     if version:
         sys.stdout.write(f"chipdeploy {__version__}\n")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")
 
 
 class Terminated(BaseException):
@@ -53,7 +60,13 @@ class Terminated(BaseException):
 def main() -> None:
     """Run the command line and exit with its code."""
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError as error:  # A full disk or a closed pipe: Python would say so once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or _fail(f"cannot write the output: {error.strerror}", "InputError", 3, as_json=False)
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -61,26 +74,42 @@ def run(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     try:
         code = app(arguments, prog_name="chipdeploy", standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except click.exceptions.Exit as leave:
-        return leave.exit_code
-    except click.ClickException as error:
-        return _fail(_one_line(error.format_message()) + "; see 'chipdeploy --help'", "UsageError", 2, as_json)
+    except typer.Exit as leave:
+        code = leave.exit_code
+    except TyperUsageError as error:
+        message: str = error.format_message()  # type: ignore[attr-defined]
+        return _fail(f"{_one_line(message)}; see 'chipdeploy --help'", "UsageError", 2, as_json)
     except ChipdeployError as error:
         return _fail(_one_line(str(error)), type(error).__name__, error.exit_code, as_json)
-    except (KeyboardInterrupt, click.Abort):
-        return _fail(
-            "interrupted; give the same command with --run and the run's folder to resume", "Interrupted", 130, as_json
-        )
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except Terminated:
-        return _fail(
-            "terminated; give the same command with --run and the run's folder to resume", "Terminated", 143, as_json
-        )
-    except Exception as error:  # a bug of ours: one line, and the traceback for who asks for it
-        if os.environ.get("CHIPDEPLOY_DEBUG"):
-            traceback.print_exc()
-        text = f"{type(error).__name__}: {_one_line(str(error))}; a bug of chipdeploy, CHIPDEPLOY_DEBUG=1 shows where"
-        return _fail(text, "Bug", 1, as_json)
+        return _fail(f"terminated; {RESUME}", "Terminated", 143, as_json)
+    except Exception as error:
+        return _foreign(error, as_json)
+    # Some versions of Typer turn Ctrl-C into this code, without a word.
+    if code == INTERRUPTED:
+        return _fail(f"interrupted; {RESUME}", "Interrupted", INTERRUPTED, as_json)
+    return code if isinstance(code, int) else 0
+
+
+def _foreign(error: Exception, as_json: bool) -> int:
+    """What the machine refuses in one line; all else is a bug of ours, with a traceback for who asks for it."""
+    if os.environ.get("CHIPDEPLOY_DEBUG"):
+        traceback.print_exc()
+    text = _one_line(str(error))
+    if _out_of_memory(error):
+        return _fail(f"out of memory; use a smaller --batch or smaller images ({text})", "OutOfMemory", 4, as_json)
+    if isinstance(error, OSError) and error.filename is not None:
+        return _fail(f"cannot use {error.filename}: {error.strerror}; choose another path", "InputError", 3, as_json)
+    text = f"{type(error).__name__}: {text}; a bug of chipdeploy, CHIPDEPLOY_DEBUG=1 shows where"
+    return _fail(text, "Bug", 1, as_json)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """numpy raises MemoryError, torch an OutOfMemoryError on a GPU and a plain RuntimeError on the CPU."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
 
 
 def _fail(message: str, kind: str, code: int, as_json: bool) -> int:

@@ -118,11 +118,12 @@ def _other_headlines(comparisons: Sequence[Comparison]) -> str:
 
 
 def _accuracy_sentence(result: Artifact) -> str:
-    accuracy = result["accuracy"]
+    accuracy, validation = result["accuracy"], result["validation"]
     return (
-        f"Test accuracy on {accuracy['test_images']} images: {percent_text(accuracy['dense'])} dense, "
-        f"{percent_text(accuracy['cut'])} right after the cut, {percent_text(accuracy['pruned'])} after the finetune "
-        f"(seed {result['seed']})."
+        f"Test accuracy on {accuracy['test_images']} images, looked at once: {percent_text(accuracy['dense'])} dense, "
+        f"{percent_text(accuracy['pruned'])} pruned (seed {result['seed']}). "
+        f"Validation accuracy around the cut: {percent_text(validation['soft'])} soft, "
+        f"{percent_text(validation['cut'])} cut."
     )
 
 

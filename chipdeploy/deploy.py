@@ -19,7 +19,7 @@ from chipdeploy.export.verify import verify_onnx
 from chipdeploy.latency.measure import compare
 from chipdeploy.pipeline import DATA, PLAN, RESULT, load, prepare
 from chipdeploy.report.page import write_report
-from chipdeploy.run import Run, read_json
+from chipdeploy.run import CONFIG, Run, read_json
 
 NETWORKS = ("dense", "pruned")
 EXPORT, BENCH = "export.json", "bench.json"
@@ -35,24 +35,32 @@ def export_run(run: Run, *, max_batch: int = 64) -> dict[str, Any]:
         ExportError: the network cannot be exported.
         VerificationError: a file disagrees with its network; no export.json is written then.
     """
-    images = _real_images(run)
     described = read_json(run.check(DATA))
+    images = _real_images(run, described["digest"])
     facts: dict[str, Any] = {"schema": 1, "verification": {}}
-    for name in NETWORKS:
-        model = load(run.path, dense=name == "dense")
-        path = run.file(f"{name}.onnx")
-        file = export_onnx(model, images[:2], path, max_batch=max_batch, metadata=_metadata(run, described, name))
-        facts[name] = file.to_dict()
-        facts["verification"][name] = verify_onnx(model, path, images).to_dict()
-    run.write(EXPORT, facts)
-    run.seal([EXPORT])
+    try:
+        for name in NETWORKS:
+            model = load(run.path, dense=name == "dense")
+            path = run.file(f"{name}.onnx")
+            file = export_onnx(model, images[:2], path, max_batch=max_batch, metadata=_metadata(run, described, name))
+            facts[name] = file.to_dict()
+            facts["verification"][name] = verify_onnx(model, path, images).to_dict()
+        run.write(EXPORT, facts)
+        run.seal([EXPORT])
+    except BaseException:
+        # A file that was not checked to the end must not lie there as if it had been.
+        for name in (*(f"{network}.onnx" for network in NETWORKS), EXPORT):
+            run.file(name).unlink(missing_ok=True)
+        raise
     return facts
 
 
-def _real_images(run: Run) -> torch.Tensor:
+def _real_images(run: Run, digest: str) -> torch.Tensor:
     """Validation images of the run's own data, [64, C, H, W]. The test images are not needed here."""
     # Where the images come from matters here, not what the run trained on: a GPU run may be exported on a CPU machine.
-    data = prepare(PruneConfig(**run.config | {"device": "cpu"})).data
+    data = prepare(PruneConfig(**read_json(run.check(CONFIG)) | {"device": "cpu"})).data
+    if data.digest != digest:
+        raise RunError(f"the data of {run.path} changed since it was made; put them back, or make the run again")
     images, _ = next(data.val.batches(VERIFY_IMAGES))
     return images
 
@@ -112,4 +120,8 @@ def bench_run(
 def report_run(run: Run) -> Path:
     """Write report.md and its picture from the artifacts that are there; returns the report's path."""
     result = read_json(run.check(RESULT))
-    return write_report(run.path, result, run.read_if(EXPORT), run.read_if(BENCH), run.metrics())
+    exported = read_json(run.check(EXPORT)) if run.file(EXPORT).is_file() else None
+    measured = run.read_if(BENCH)
+    if measured is not None and not (isinstance(measured, list) and all(isinstance(item, dict) for item in measured)):
+        raise RunError(f"{run.file(BENCH)} is damaged; run 'chipdeploy bench --run {run.path}' again")
+    return write_report(run.path, result, exported, measured, run.metrics())

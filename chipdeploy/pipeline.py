@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +24,7 @@ from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.plan import PrunePlan, dead_branches, group_widths
 from chipdeploy.graph.surgery import hard_prune
 from chipdeploy.graph.trace import trace
-from chipdeploy.run import Run, file_digest, read_json, write_json
+from chipdeploy.run import CONFIG, Run, file_digest, make_folder, read_json, write_json
 from chipdeploy.training.data import ImageData, load_data
 from chipdeploy.training.loop import Watcher, evaluate, renew_norms, train_epoch
 from chipdeploy.training.models import build_model
@@ -59,9 +62,23 @@ class Job:
         return self.config.batch or self.recipe.batch
 
     @property
+    def soft_batch(self) -> int:
+        return self.config.batch or self.recipe.soft_batch
+
+    @property
     def steps(self) -> int:
-        """Steps in an epoch."""
+        """Steps in an epoch of the dense training and the finetune."""
         return max(1, len(self.data.train) // self.batch)
+
+    @property
+    def soft_steps(self) -> int:
+        """Steps in an epoch of soft pruning."""
+        return max(1, len(self.data.train) // self.soft_batch)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Digests of what the settings only name: the data, and the file of a model that comes from one."""
+        return {"data": self.data.digest, **model_file_digest(self.config.model)}
 
     def model(self) -> nn.Module:
         """A fresh network, its initial weights drawn from the seed."""
@@ -75,8 +92,13 @@ class Job:
         return model.to(self.device).to(memory_format=torch.channels_last)
 
     def rate(self, step: int, total: int) -> float:
+        """Learning rate at a step of `total`."""
         scale = (self.config.lr or self.recipe.rate) / self.recipe.rate
         return scale * self.recipe.rate_at(step / total, step // self.steps)
+
+    def soft_rate(self, step: int, total: int) -> float:
+        """Learning rate of the weights at a step of the soft phase; constant for AdamW, as published."""
+        return self.recipe.soft_adam or self.rate(step, total)
 
 
 def prepare(config: TrainConfig) -> Job:
@@ -96,13 +118,19 @@ def prepare(config: TrainConfig) -> Job:
     return Job(config, data, rules, pick_device(config.device))
 
 
+def model_file_digest(spec: str) -> dict[str, str]:
+    """{"model": sha256} for a spec `FILE.py:FUNCTION`, nothing for other specs."""
+    path = Path(spec.rpartition(":")[0])
+    return {"model": file_digest(path)} if path.suffix == ".py" and path.is_file() else {}
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` takes a GPU where there is one. Raises MissingError for a device that is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # a device without memory fails here
     except (RuntimeError, AssertionError) as error:
         raise MissingError(f"no device {name!r} here; use --device cpu or auto") from error
     return device
@@ -120,7 +148,10 @@ def check_budget(config: PruneConfig, job: Job) -> str:
     graph = trace(model, job.example)
     budget = Budget(config.kind, config.keep)
     cost = CostModel.of(graph, budget.cost)
-    Projector(graph, cost, config.align).check(config.keep)
+    projector = Projector(graph, cost, config.align)
+    projector.check(config.keep)
+    # The steps of the alignment may miss a budget that free widths would meet: not after hours of dense training.
+    projector.project(np.ones(graph.channels), config.keep)
     unit = UNITS[budget.cost]
     return f"keep at most {config.keep:.4g} of the {unit}: {config.keep * cost.dense:,.0f} of {cost.dense:,.0f}"
 
@@ -130,13 +161,14 @@ def train_dense(job: Job, folder: Path, watcher: Watcher) -> Path:
 
     The file holds the weights; a JSON file beside it the settings and the accuracies.
     """
-    settings = job.config.model_dump(include=set(TrainConfig.model_fields)) | {"data_digest": job.data.digest}
+    settings = job.config.model_dump(include=set(TrainConfig.model_fields))
+    settings |= {f"{name}_digest": digest for name, digest in job.inputs.items()}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     path = folder / f"{Path(job.config.model).stem.replace(':', '-')}-{key}.safetensors"
     facts = path.with_suffix(".json")
     if path.is_file() and facts.is_file() and read_json(facts)["sha256"] == file_digest(path):
         return path
-    _make_folder(folder)
+    make_folder(folder)
     model = job.model()
     epochs = job.config.train_epochs or job.recipe.train_epochs
     optimizer = _sgd(model, job)
@@ -149,7 +181,9 @@ def train_dense(job: Job, folder: Path, watcher: Watcher) -> Path:
         rows = state["rows"]
     watcher.phase("dense", epochs - len(rows), job.steps)
     for epoch in range(len(rows), epochs):
-        loss = _epoch(job, model, optimizer, epoch, epochs * job.steps, epoch * job.steps, watcher)
+        before = epoch * job.steps
+        rate = partial(_dense_rate, job, before, epochs * job.steps)
+        loss = _epoch(job, model, optimizer, epoch, rate, job.batch, watcher)
         rows.append(
             {"phase": "dense", "epoch": epoch + 1, "loss": loss, "val": evaluate(model, job.data.val, job.device)}
         )
@@ -163,13 +197,6 @@ def train_dense(job: Job, folder: Path, watcher: Watcher) -> Path:
     return path
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot make {folder}: {error.strerror}; choose another folder with --runs") from error
-
-
 def _sgd(model: nn.Module, job: Job) -> torch.optim.Optimizer:
     rules = job.recipe
     return torch.optim.SGD(
@@ -177,25 +204,23 @@ def _sgd(model: nn.Module, job: Job) -> torch.optim.Optimizer:
     )
 
 
+def _dense_rate(job: Job, before: int, total: int, step: int) -> float:
+    return job.rate(before + step, total)
+
+
 def _epoch(
     job: Job,
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     epoch: int,
-    total: int,
-    before: int,
+    rate: Callable[[int], float],
+    batch: int,
     watcher: Watcher,
 ) -> float:
-    """One epoch on the rate curve over `total` steps, of which `before` are done; its seed follows from its number."""
+    """One epoch; its seed follows from its number."""
+    seed = job.config.seed * 100_003 + epoch
     return train_epoch(
-        network,
-        job.data.train,
-        optimizer,
-        lambda step: job.rate(before + step, total),
-        batch=job.batch,
-        seed=job.config.seed * 100_003 + epoch,
-        device=job.device,
-        watcher=watcher,
+        network, job.data.train, optimizer, rate, batch=batch, seed=seed, device=job.device, watcher=watcher
     )
 
 
@@ -206,6 +231,7 @@ class Pruning:
         self.config, self.job, self.run, self.watcher = config, job, run, watcher
         self.dense = job.model()
         load_weights(self.dense, dense)
+        self._inputs = {**job.inputs, "weights": file_digest(dense)}
         rules = job.recipe
         self.soft_epochs = config.soft_epochs or rules.soft_epochs
         self.finetune_epochs = rules.finetune_epochs if config.finetune_epochs is None else config.finetune_epochs
@@ -222,16 +248,17 @@ class Pruning:
             model,
             job.example,
             Budget(config.kind, config.keep),
-            steps=self.soft_epochs * job.steps,
+            steps=self.soft_epochs * job.soft_steps,
             align=config.align,
             schedule=job.recipe.schedule,
         )
         optimizer = self._soft_optimizer(model)
         self._resume("soft", {"chip": chip, "optimizer": optimizer, "logits": chip.optimizer}, chip)
         done = sum(row["phase"] == "soft" for row in self.rows)
-        self.watcher.phase("soft pruning", self.soft_epochs - done, job.steps)
+        self.watcher.phase("soft pruning", self.soft_epochs - done, job.soft_steps)
         for epoch in range(done, self.soft_epochs):
-            loss = _epoch(job, chip, optimizer, epoch, self._total("soft"), epoch * job.steps, self.watcher)
+            rate = partial(self._soft_rate, epoch * job.soft_steps)
+            loss = _epoch(job, chip, optimizer, epoch, rate, job.soft_batch, self.watcher)
             self._note(self._look(chip, epoch, loss))
             self._save("soft", {"chip": chip, "optimizer": optimizer, "logits": chip.optimizer}, chip.counters())
         assert self.best is not None
@@ -274,11 +301,11 @@ class Pruning:
         self._resume("finetune", {"model": small, "optimizer": optimizer}, None)
         done = sum(row["phase"] == "finetune" for row in self.rows)
         self.watcher.phase("finetune", self.finetune_epochs - done, job.steps)
-        before = self.soft_epochs * job.steps if job.recipe.joined else 0
+        before = self.soft_epochs * job.soft_steps if job.recipe.joined else 0
         for epoch in range(done, self.finetune_epochs):
             number = self.soft_epochs + epoch
-            start = before + epoch * job.steps
-            loss = _epoch(job, small, optimizer, number, self._total("finetune"), start, self.watcher)
+            rate = partial(self._rate, before + epoch * job.steps)
+            loss = _epoch(job, small, optimizer, number, rate, job.batch, self.watcher)
             accuracy = evaluate(small, job.data.val, job.device)
             assert self.best is not None
             if accuracy >= self.best.get("val", 0.0):
@@ -289,11 +316,17 @@ class Pruning:
         small.load_state_dict(self.best_state)
         return small
 
-    def _total(self, phase: str) -> int:
-        epochs = self.soft_epochs if phase == "soft" else self.finetune_epochs
+    def _soft_rate(self, before: int, step: int) -> float:
+        total = self.soft_epochs * self.job.soft_steps
         if self.job.recipe.joined:
-            epochs = self.soft_epochs + self.finetune_epochs
-        return epochs * self.job.steps
+            total += self.finetune_epochs * self.job.steps
+        return self.job.soft_rate(before + step, total)
+
+    def _rate(self, before: int, step: int) -> float:
+        total = self.finetune_epochs * self.job.steps
+        if self.job.recipe.joined:
+            total += self.soft_epochs * self.job.soft_steps
+        return self.job.rate(before + step, total)
 
     def _soft_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         rules = self.job.recipe
@@ -310,7 +343,13 @@ class Pruning:
         tensors = {f"best.{name}": tensor for name, tensor in self.best_state.items()}
         for name, part in parts.items():
             tensors |= checkpoint.pack(name, part)
-        facts = {"phase": phase, "rows": self.rows, "best": self.best, "counters": counters}
+        facts = {
+            "phase": phase,
+            "inputs": self._inputs,
+            "rows": self.rows,
+            "best": self.best,
+            "counters": counters,
+        }
         checkpoint.save(self.run.file(checkpoint.NAME), tensors, facts)
 
     def _resume(self, phase: str, parts: dict[str, nn.Module | torch.optim.Optimizer], chip: ChipNet | None) -> None:
@@ -318,6 +357,8 @@ class Pruning:
         if not path.is_file():
             return
         tensors, facts = checkpoint.load(path)
+        if changed := [name for name, digest in self._inputs.items() if facts["inputs"].get(name) != digest]:
+            raise RunError(f"the {changed[0]} of {self.run.path} changed since it was started; choose another --run")
         self.rows, self.best = facts["rows"], facts["best"]
         prefix = "best."
         self.best_state = {
@@ -348,11 +389,11 @@ def prune(config: PruneConfig, job: Job, run: Run, dense: Path, watcher: Watcher
     }
     assert pruning.best is not None
     validation = {"soft": pruning.best["val_soft"], "cut": pruning.best["val_cut"], "epoch": pruning.best["epoch"]}
-    result = summarise(config, graph, plan, accuracy) | {"validation": validation}
+    result = summarise(config, graph, plan, accuracy) | {"validation": validation, "inputs": job.inputs}
     run.write(RESULT, result)
-    run.seal([DENSE, PRUNED, PLAN, RESULT, DATA])
-    run.file(checkpoint.NAME).unlink(missing_ok=True)
+    run.seal([CONFIG, DENSE, PRUNED, PLAN, RESULT, DATA])
     run.finish("prune")
+    run.file(checkpoint.NAME).unlink(missing_ok=True)
     return result
 
 
@@ -419,11 +460,15 @@ def load(run_dir: str | Path, *, dense: bool = False) -> nn.Module:
 
     Raises:
         RunError: no finished run, or a file that was changed after it was written.
+        ModelError: the model's own file is gone.
     """
     run = Run.open(Path(run_dir))
     data = read_json(run.check(DATA))
+    spec = read_json(run.check(CONFIG))["model"]
     channels, size = data["shape"][0], data["shape"][1]
-    model = build_model(run.config["model"], num_classes=len(data["classes"]), in_channels=channels, image_size=size)
+    model = build_model(spec, num_classes=len(data["classes"]), in_channels=channels, image_size=size)
+    if read_json(run.check(RESULT))["inputs"].get("model") != model_file_digest(spec).get("model"):
+        raise RunError(f"{spec.rpartition(':')[0]} was changed since {run.path} was made from it; make the run again")
     if not dense:
         graph = trace(model, torch.zeros(2, *data["shape"]))
         model = hard_prune(model, graph, PrunePlan.from_dict(read_json(run.check(PLAN))))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -29,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for name, function in {
+commands: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "prune": prune.prune,
     "export": export.export,
@@ -37,14 +39,13 @@ for name, function in {
     "report": report.report,
     "inspect": inspect.inspect,
     "train": train.train,
-}.items():
+}
+for name, function in commands.items():
     app.command(name)(function)
 
 
 @app.callback(invoke_without_command=True)
-def root(
-    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version.")
-) -> None:
+def root(context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
     """Prune a CNN to a budget, cut it for real, export it, and measure the speedup."""
     if version:
         sys.stdout.write(f"chipdeploy {__version__}\n")
@@ -100,8 +101,9 @@ def _foreign(error: Exception, as_json: bool) -> int:
     text = _one_line(str(error))
     if _out_of_memory(error):
         return _fail(f"out of memory; use a smaller --batch or smaller images ({text})", "OutOfMemory", 4, as_json)
-    if isinstance(error, OSError) and error.filename is not None:
-        return _fail(f"cannot use {error.filename}: {error.strerror}; choose another path", "InputError", 3, as_json)
+    if isinstance(error, OSError):
+        what = "the output cannot be written" if error.filename is None else f"cannot use {error.filename}"
+        return _fail(f"{what}: {error.strerror}; choose another path", "InputError", 3, as_json)
     text = f"{type(error).__name__}: {text}; a bug of chipdeploy, CHIPDEPLOY_DEBUG=1 shows where"
     return _fail(text, "Bug", 1, as_json)
 
@@ -115,9 +117,10 @@ def _out_of_memory(error: Exception) -> bool:
 def _fail(message: str, kind: str, code: int, as_json: bool) -> int:
     if as_json:
         facts: dict[str, Any] = {"error": {"kind": kind, "message": message, "exit_code": code}}
-        print_json(facts)
-    else:
-        note(f"error: {message}")
+        with contextlib.suppress(OSError):  # nobody reads it
+            print_json(facts)
+            return code
+    note(f"error: {message}")
     return code
 
 

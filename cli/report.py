@@ -10,7 +10,7 @@ from .output import console, print_json
 
 def report(run: options.RunDir = None, runs: options.Runs = Path("runs"), json: options.Json = False) -> None:
     """Write report.md and its picture from what a run has so far."""
-    from chipdeploy.deploy import report_run
+    from chipdeploy.deploy import BENCH, EXPORT, report_run
     from chipdeploy.run import Run
 
     directory = Run.open(run) if run else Run.latest(runs)
@@ -20,3 +20,9 @@ def report(run: options.RunDir = None, runs: options.Runs = Path("runs"), json: 
         return
     console().print(page.read_text(encoding="utf-8").splitlines()[0])
     console().print(f"report: {page}")
+    if not directory.read_if(EXPORT):
+        console().print(f"next: chipdeploy export --run {directory.path}")
+    elif not directory.read_if(BENCH):
+        console().print(f"next: chipdeploy bench --run {directory.path}")
+    else:
+        console().print("next: chipdeploy prune --help, for another model, data or budget")

@@ -1,0 +1,68 @@
+"""Epochs, evaluation and renewed norms on a network small enough to check by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from chipdeploy.errors import TargetError
+from chipdeploy.training.loop import Silent, evaluate, renew_norms, train_epoch
+from chipdeploy.training.splits import MemorySplit
+
+CPU = torch.device("cpu")
+
+
+def split(count=64):
+    """Images of one grey value: dark ones are class 0, bright ones class 1."""
+    labels = torch.arange(count) % 2
+    images = (labels * 200 + 20).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 8, 8, 1).contiguous()
+    return MemorySplit(images, labels, (0.5,), (0.5,))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+
+def train(model, rate, seed=0):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    return train_epoch(model, split(), optimizer, lambda _: rate, batch=16, seed=seed, device=CPU, watcher=Silent())
+
+
+def test_training_lowers_the_loss_and_learns_the_classes():
+    model = network()
+    first = train(model, 0.1)
+    for _ in range(5):
+        last = train(model, 0.1)
+    assert last < first / 2
+    assert evaluate(model, split(), CPU) == 1.0
+    assert model.training
+
+
+def test_an_epoch_is_a_function_of_its_seed():
+    one, two, three = network(), network(), network()
+    assert train(one, 0.1, seed=7) == train(two, 0.1, seed=7) != train(three, 0.1, seed=8)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_divergence_is_said_in_one_line():
+    with pytest.raises(TargetError, match="training diverged") as caught:
+        for _ in range(20):
+            train(network(), 1e30)
+    assert "\n" not in str(caught.value)
+
+
+def test_evaluation_counts_right_answers():
+    class Bright(nn.Module):
+        def forward(self, x):
+            return torch.stack([torch.zeros(len(x)), torch.ones(len(x))], dim=1)
+
+    assert evaluate(Bright(), split(), CPU) == 0.5  # every second image is of class 1
+
+
+def test_renewed_norms_hold_the_statistics_of_the_images_they_saw():
+    model = nn.Sequential(nn.BatchNorm2d(1))
+    model[0].running_mean.fill_(99.0)
+    renew_norms(model, split(), batch=64, device=CPU)
+    # With a crop out of black borders the mean of normalised pixels lies between black (-1) and the mean of the images.
+    assert -1.0 < float(model[0].running_mean) < 0.0
+    assert model[0].momentum == 0.1

@@ -22,6 +22,7 @@ from chipdeploy.config import PruneConfig, TrainConfig
 from chipdeploy.errors import MissingError, RunError
 from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.plan import PrunePlan, dead_branches, group_widths
+from chipdeploy.graph.proof import prove
 from chipdeploy.graph.surgery import hard_prune
 from chipdeploy.graph.trace import trace
 from chipdeploy.run import CONFIG, Run, file_digest, make_folder, read_json, write_json
@@ -146,6 +147,7 @@ def check_budget(config: PruneConfig, job: Job) -> str:
     if config.weights:
         load_weights(model, Path(config.weights))
     graph = trace(model, job.example)
+    prove(model, graph, job.example)
     budget = Budget(config.kind, config.keep)
     cost = CostModel.of(graph, budget.cost)
     projector = Projector(graph, cost, config.align)

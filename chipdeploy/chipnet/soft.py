@@ -18,6 +18,7 @@ from chipdeploy.errors import UsageError
 from chipdeploy.graph.channels import Mask
 from chipdeploy.graph.gating import Gating
 from chipdeploy.graph.plan import PrunePlan
+from chipdeploy.graph.proof import prove
 from chipdeploy.graph.trace import trace
 
 MARGIN = 3.0  # distance, in logits, of a wholly kept or wholly cut group from its gates' centre
@@ -56,7 +57,7 @@ class ChipNet(nn.Module):
     The user's optimizer trains `model`; the logits ψ are moved by `step`. The model's own tensors stay unscaled.
 
     Raises:
-        ModelError: the model cannot be traced or has nothing to prune.
+        ModelError: the model cannot be traced, has nothing to prune, or its cut would not equal its gated self.
         BudgetError: the budget is below the smallest connected network.
     """
 
@@ -80,6 +81,7 @@ class ChipNet(nn.Module):
         self.model, self.budget = model, budget
         self.schedule = schedule or Schedule()
         self.graph = trace(model, example)
+        prove(model, self.graph, example)
         self.cost = CostModel.of(self.graph, budget.cost)
         self.projector = Projector(self.graph, self.cost, align)
         self.projector.check(budget.keep)

@@ -29,7 +29,7 @@ def prove(model: nn.Module, graph: ChannelGraph, example: Tensor) -> None:
         mask = random_mask(graph, seed, dead_share)
         gates = torch.from_numpy(mask).to(example)
         with torch.no_grad(), evaluating(model):
-            expected = gated_call(model, gating, gates, example)
+            expected: object = gated_call(model, gating, gates, example)
             if not isinstance(expected, Tensor):
                 kind = type(expected).__name__
                 raise ModelError(f"the model returns a {kind}; give one whose forward returns one tensor [N, classes]")

@@ -16,6 +16,7 @@ from chipdeploy.errors import UsageError
 PREFIX = "CHIPDEPLOY_"
 # Environment variables of this prefix that are no settings.
 NOT_SETTINGS = frozenset({"DEBUG"})
+BUDGET_FLAGS = ("flops", "params", "channels", "volume")  # two settings each: the kind, and what stays
 
 
 class TrainConfig(BaseModel):
@@ -112,5 +113,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _guess(key: str, known: list[str]) -> str:
+    if key in BUDGET_FLAGS:
+        return f"; write kind = {key!r} and keep = 0.3"
     close = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

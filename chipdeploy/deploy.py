@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ from chipdeploy.export.verify import verify_onnx
 from chipdeploy.latency.measure import compare
 from chipdeploy.pipeline import DATA, PLAN, RESULT, load, prepare
 from chipdeploy.report.page import write_report
-from chipdeploy.run import CONFIG, Run, read_json
+from chipdeploy.run import CONFIG, Run, make_folder, read_json
 
 NETWORKS = ("dense", "pruned")
 EXPORT, BENCH = "export.json", "bench.json"
@@ -33,25 +34,27 @@ def export_run(run: Run, *, max_batch: int = 64) -> dict[str, Any]:
     Raises:
         RunError: the run is not finished, or a file of it was changed.
         ExportError: the network cannot be exported.
-        VerificationError: a file disagrees with its network; no export.json is written then.
+        VerificationError: a file disagrees with its network.
     """
     described = read_json(run.check(DATA))
     images = _real_images(run, described["digest"])
     facts: dict[str, Any] = {"schema": 1, "verification": {}}
+    # Made and checked aside: a file of a final name was verified, and a failure leaves an older export as it was.
+    aside = run.file(".export")
+    make_folder(aside)
     try:
         for name in NETWORKS:
             model = load(run.path, dense=name == "dense")
-            path = run.file(f"{name}.onnx")
+            path = aside / f"{name}.onnx"
             file = export_onnx(model, images[:2], path, max_batch=max_batch, metadata=_metadata(run, described, name))
             facts[name] = file.to_dict()
             facts["verification"][name] = verify_onnx(model, path, images).to_dict()
-        run.write(EXPORT, facts)
-        run.seal([EXPORT])
-    except BaseException:
-        # A file that was not checked to the end must not lie there as if it had been.
-        for name in (*(f"{network}.onnx" for network in NETWORKS), EXPORT):
-            run.file(name).unlink(missing_ok=True)
-        raise
+        for path in aside.iterdir():
+            path.replace(run.file(path.name))
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    run.write(EXPORT, facts)
+    run.seal([EXPORT])
     return facts
 
 
@@ -118,7 +121,11 @@ def bench_run(
 
 
 def report_run(run: Run) -> Path:
-    """Write report.md and its picture from the artifacts that are there; returns the report's path."""
+    """Write report.md and its picture from the artifacts that are there; returns the report's path.
+
+    Raises:
+        RunError: the run is not finished, an artifact was changed or is damaged, or the folder cannot be written.
+    """
     result = read_json(run.check(RESULT))
     exported = read_json(run.check(EXPORT)) if run.file(EXPORT).is_file() else None
     measured = run.read_if(BENCH)

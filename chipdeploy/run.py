@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ def atomic(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where there is no folder, there is nothing to take away
+            temporary.unlink(missing_ok=True)
 
 
 def _unwritable(path: Path, error: OSError) -> RunError:
@@ -115,10 +116,12 @@ class Run:
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / CONFIG, dict(config))
             run._write_manifest(command, "running")
-        except (OSError, RunError) as error:
+        except BaseException as error:
             if not existed:
                 shutil.rmtree(path, ignore_errors=True)
-            raise error if isinstance(error, RunError) else _unwritable(path, error) from error
+            if isinstance(error, OSError):
+                raise _unwritable(path, error) from error
+            raise
         return run
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -61,6 +62,8 @@ class Terminated(BaseException):
 def main() -> None:
     """Run the command line and exit with its code."""
     signal.signal(signal.SIGTERM, _terminate)
+    if not os.environ.get("CHIPDEPLOY_DEBUG"):
+        logging.disable()  # torch logs whole tracebacks of what is then said in one line
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()

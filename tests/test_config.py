@@ -51,6 +51,13 @@ def test_an_unknown_variable_gets_a_guess():
         settings(PruneConfig, {}, None, {"CHIPDEPLOY_SEDE": "1"})
 
 
+def test_a_budget_flag_is_translated(tmp_path):
+    path = tmp_path / "some.toml"
+    path.write_text("flops = 0.5\n")
+    with pytest.raises(UsageError, match=r"write kind = 'flops' and keep = 0\.3"):
+        settings(PruneConfig, {}, path, {})
+
+
 def test_a_key_like_no_other_gets_the_list(tmp_path):
     path = tmp_path / "some.toml"
     path.write_text("[prune]\nzzz = 1\n")

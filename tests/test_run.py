@@ -1,8 +1,9 @@
 """The run directory: whole files or none, one writer, no change unseen."""
 
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -187,40 +188,40 @@ def test_file_digest_is_sha256(tmp_path):
     assert file_digest(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-def hold(path, ready, leave):
-    with Run(path).locked():
-        ready.set()
-        leave.wait()
+HOLD = """
+import sys
+from pathlib import Path
+from chipdeploy.run import Run
+with Run(Path(sys.argv[1])).locked():
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
 
 
 @pytest.fixture
 def holder(run):
-    """Another process that holds the lock of the run."""
-    context = multiprocessing.get_context("fork")
-    ready, leave = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(run.path, ready, leave))
-    process.start()
-    assert ready.wait(60)
-    yield process, leave
-    process.kill()
-    process.join()
+    """Another process that holds the lock of the run until its input ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.kill()
 
 
 def test_one_writer_at_a_time(run, holder):
-    process, leave = holder
-    with pytest.raises(RunError, match=f"in use by process {process.pid};"), run.locked():
+    with pytest.raises(RunError, match=f"in use by process {holder.pid};"), run.locked():
         pass
-    leave.set()
-    process.join()
+    holder.communicate()
     with run.locked():
         pass
 
 
 def test_the_lock_of_a_killed_process_is_free(run, holder):
-    process, _ = holder
-    process.kill()
-    process.join()
-    assert run.file("lock").read_text().strip() == str(process.pid)
+    holder.kill()
+    holder.wait()
+    assert run.file("lock").read_text().strip() == str(holder.pid)
     with run.locked():
         assert run.file("lock").read_text().strip() == str(os.getpid())
 

@@ -51,8 +51,16 @@ def untranslatable(num_classes):
     return Net(num_classes, lambda x: x + torch.special.bessel_j0(x.detach().float()))
 
 
+def two_faced(num_classes):
+    return Net(num_classes, lambda x: 2 * x if torch.compiler.is_exporting() else x)
+
+
 def random(num_classes):
     return Net(num_classes, lambda x: x + torch.rand_like(x))
+
+
+def shrinking(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(64), nn.Flatten(), nn.Linear(8, num_classes))
 
 
 def raising():
@@ -174,6 +182,17 @@ def test_models_that_are_not_there(refused, data, model, word):
 def test_models_that_cannot_be_used(refused, data, models, factory, word):
     assert word in refused(3, "prune", f"{models}:{factory}", "--data", data, "--flops", "0.5")
     assert word in refused(3, "inspect", f"{models}:{factory}")
+
+
+def test_what_torch_logs_of_a_failure_is_not_shown(tmp_path, data, models, command):
+    outcome = command("prune", f"{models}:shrinking", "--data", data, "--flops", "0.5", cwd=tmp_path)
+    assert outcome.code == 3
+    assert outcome.err.splitlines() == [outcome.error]
+    assert "check the image size" in outcome.error
+
+
+def test_a_network_that_never_says_the_same_twice(refused, data, models):
+    assert "differs" in refused(3, "prune", f"{models}:random", "--data", data, "--flops", "0.5", "--device", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -339,7 +358,7 @@ def test_an_export_for_one_image_at_a_time(copy, call):
     assert outcome.code == 2 and "max_batch" in outcome.error
 
 
-@pytest.mark.parametrize(("factory", "code", "word"), [("untranslatable", 3, "ONNX"), ("random", 5, "differs")])
+@pytest.mark.parametrize(("factory", "code", "word"), [("untranslatable", 3, "ONNX"), ("two_faced", 5, "differs")])
 def test_networks_that_cannot_be_exported_leave_no_file(tmp_path, data, models, call, factory, code, word):
     line = ("prune", f"{models}:{factory}", "--data", data, "--flops", "0.5", *SHORT, "--device", "cpu")
     assert call(*line, "--run", "run", cwd=tmp_path).code == 0

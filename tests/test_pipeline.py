@@ -1,0 +1,315 @@
+"""The main job as a library: what is trained, kept, cut, resumed and loaded again."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import chipdeploy as cd
+from chipdeploy import checkpoint
+from chipdeploy.config import PruneConfig, TrainConfig
+from chipdeploy.errors import BudgetError, MissingError, ModelError, RunError, UsageError, WeightsError
+from chipdeploy.pipeline import check_budget, load, pick_device, prepare, prune, train_dense
+from chipdeploy.run import Run
+from chipdeploy.training.loop import Silent
+from chipdeploy.training.weights import load_weights
+
+NET = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.inner = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
+        self.outer = nn.Sequential(nn.Conv2d(12, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(torch.relu(x + self.outer(self.inner(x))).mean((2, 3)))
+
+
+def build(num_classes):
+    return Net(num_classes)
+"""
+
+
+class Recorder(Silent):
+    """Notes the epochs that really ran; may stop where a phase begins, or an epoch ends that is not saved yet."""
+
+    def __init__(self, stop=None):
+        self.epochs = []
+        self.stop = stop
+
+    def epoch(self, row):
+        self.epochs.append(f"{row['phase']} {row['epoch']}")
+        self._stop_at(self.epochs[-1])
+
+    def phase(self, name, epochs, steps):
+        self._stop_at(name)
+
+    def _stop_at(self, place):
+        if place == self.stop:
+            raise KeyboardInterrupt
+
+
+def write_data(path, train=128, test=32, shift=0, random=False):
+    """Noise with one bright channel, the number of the class; `random`: labels that cannot be learnt."""
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", train), ("test", test)):
+        labels = (np.arange(count) + shift) % 3
+        pixels = generator.integers(0, 60, (count, 8, 8, 3))
+        pixels[np.arange(count), :, :, labels] += 120
+        if random:
+            labels = generator.permutation(labels)
+        arrays |= {f"x_{part}": pixels.astype(np.uint8), f"y_{part}": labels}
+    np.savez(path, **arrays)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "net.py").write_text(NET)
+    write_data(tmp_path / "data.npz")
+    return tmp_path
+
+
+@pytest.fixture
+def configure(folder):
+    def make(**changed):
+        short = {"batch": 32, "lr": 0.2, "train_epochs": 2, "soft_epochs": 2, "finetune_epochs": 2, "align": 1}
+        names = {"model": f"{folder / 'net.py'}:build", "data": f"npz:{folder / 'data.npz'}", "device": "cpu"}
+        return PruneConfig(**names | short | {"keep": 0.5} | changed)
+
+    return make
+
+
+@pytest.fixture
+def go(folder):
+    """Run or resume, as the command line does."""
+
+    def run(config, name="run", watcher=None):
+        job = prepare(config)
+        check_budget(config, job)
+        run = Run.create(folder / "runs", "prune", config.model_dump(), path=folder / name)
+        watcher = watcher or Recorder()
+        dense = Path(config.weights) if config.weights else train_dense(job, folder / "dense", watcher)
+        return run, prune(config, job, run, dense, watcher), watcher
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["flops", "params", "channels", "volume"])
+def test_every_budget_is_kept_by_the_network_that_is_loaded(configure, go, kind):
+    run, result, _ = go(configure(kind=kind, keep=0.6))
+    small, dense = load(run.path), load(run.path, dense=True)
+    assert result["budget"]["achieved"] <= 0.6
+    for name, network in (("pruned", small), ("dense", dense)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(torch.zeros(1, 3, 8, 8))
+        assert result["costs"][name]["macs"] == counter.get_total_flops() / 2
+        assert result["costs"][name]["params"] == sum(p.numel() for p in network.parameters())
+    widths = {layer["name"]: layer["kept"] for layer in result["layers"]}
+    for name, module in small.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            assert widths[name] == module.out_channels
+
+
+# 128 images, of which 13 are for validation: 115 // 32 = 3 steps an epoch, and fewer in the last case.
+@pytest.mark.parametrize(("batch", "epochs"), [(32, 1), (16, 1), (8, 1), (1000, 1), (16, 3)])
+def test_no_soft_phase_is_too_short_for_the_budget(configure, go, batch, epochs):
+    config = configure(batch=batch, soft_epochs=epochs, finetune_epochs=0, train_epochs=1)
+    _, result, _ = go(config)
+    assert 0 < result["budget"]["achieved"] <= 0.5
+
+
+def test_the_result_is_of_the_networks_that_were_written(configure, go):
+    run, result, _ = go(configure())
+    test = prepare(configure()).data.test
+    images, labels = next(test.batches(len(test)))
+    for name, network in (("pruned", cd.load(run.path)), ("dense", cd.load(str(run.path), dense=True))):
+        assert not network.training
+        with torch.no_grad():
+            right = (network(images).argmax(1) == labels).float().mean()
+        assert result["accuracy"][name] == pytest.approx(float(right))
+    assert result["accuracy"]["test_images"] == 32
+    assert result["plan_digest"] == cd.PrunePlan.from_dict(run.read("plan.json")).digest
+
+
+def test_every_epoch_is_in_the_metrics_once(configure, go):
+    run, _, watcher = go(configure())
+    assert watcher.epochs == ["dense 1", "dense 2", "soft 1", "soft 2", "finetune 1", "finetune 2"]
+    assert [f"{row['phase']} {row['epoch']}" for row in run.metrics()] == watcher.epochs[2:]
+    assert run.finished and not run.file(checkpoint.NAME).exists()
+
+
+def test_the_finetuned_weights_are_those_of_the_best_epoch(configure, go, folder):
+    write_data(folder / "data.npz", random=True)
+    for seed in range(8):  # until the last epoch is not the best one
+        config = configure(finetune_epochs=6, lr=0.5, seed=seed)
+        run, _, _ = go(config, f"run{seed}")
+        accuracies = [row["val"] for row in run.metrics() if row["phase"] == "finetune"]
+        if accuracies[-1] < max(accuracies):
+            break
+    assert accuracies[-1] < max(accuracies)
+    val = prepare(config).data.val
+    images, labels = next(val.batches(len(val)))
+    with torch.no_grad():
+        right = (load(run.path)(images).argmax(1) == labels).float().mean()
+    assert float(right) == pytest.approx(max(accuracies))
+
+
+def test_without_finetuning_the_cut_is_what_is_kept(configure, go):
+    run, result, watcher = go(configure(finetune_epochs=0))
+    assert not [epoch for epoch in watcher.epochs if epoch.startswith("finetune")]
+    val = prepare(configure()).data.val
+    images, labels = next(val.batches(len(val)))
+    with torch.no_grad():
+        right = (load(run.path)(images).argmax(1) == labels).float().mean()
+    assert float(right) == pytest.approx(result["validation"]["cut"])
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+@pytest.mark.parametrize("stop", ["dense", "dense 2", "soft pruning", "soft 2", "finetune", "finetune 2"])
+def test_a_stop_anywhere_changes_nothing(configure, go, folder, recipe, stop):
+    config = configure(recipe=recipe)
+    whole, _, _ = go(config, "whole")
+    for path in (folder / "dense").iterdir():
+        path.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        go(config, "stopped", Recorder(stop=stop))
+    stopped, _, watcher = go(config, "stopped")
+    assert watcher.epochs[-1] == "finetune 2"
+    for name in ("plan.json", "pruned.safetensors", "dense.safetensors", "result.json", "metrics.jsonl"):
+        assert stopped.file(name).read_bytes() == whole.file(name).read_bytes(), name
+
+
+def test_a_dense_network_is_trained_once(configure, go, folder):
+    config = configure()
+    job = prepare(config)
+    first, second = Recorder(), Recorder()
+    path = train_dense(job, folder / "dense", first)
+    assert train_dense(job, folder / "dense", second) == path
+    assert (first.epochs, second.epochs) == (["dense 1", "dense 2"], [])
+    assert not list((folder / "dense").glob("*.partial"))
+    facts = json.loads(path.with_suffix(".json").read_text())
+    assert [row["epoch"] for row in facts["metrics"]] == [1, 2]
+    # Pruning settings do not matter to it, training settings do.
+    assert train_dense(prepare(configure(keep=0.3, align=4)), folder / "dense", second) == path
+    plain = TrainConfig(**config.model_dump(include=set(TrainConfig.model_fields)))
+    assert train_dense(prepare(plain), folder / "dense", second) == path
+    assert second.epochs == []
+    assert train_dense(prepare(configure(seed=1)), folder / "dense", second) != path
+    assert second.epochs == ["dense 1", "dense 2"]
+
+
+def test_an_edited_dense_network_is_trained_again(configure, folder):
+    job = prepare(configure())
+    path = train_dense(job, folder / "dense", Silent())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    again = Recorder()
+    assert train_dense(job, folder / "dense", again) == path
+    assert again.epochs == ["dense 1", "dense 2"]
+    assert path.read_bytes() == whole
+
+
+def test_another_model_of_the_same_name_is_not_taken_for_the_first(configure, folder):
+    first = train_dense(prepare(configure()), folder / "dense", Silent())
+    (folder / "net.py").write_text(NET.replace("12", "16"))
+    job = prepare(configure())
+    second = train_dense(job, folder / "dense", Silent())
+    assert second != first
+    load_weights(job.model(), second)
+    with pytest.raises(WeightsError, match="of another model"):
+        load_weights(job.model(), first)
+
+
+def test_a_run_is_not_resumed_on_other_inputs(configure, go, folder):
+    config = configure()
+    with pytest.raises(KeyboardInterrupt):
+        go(config, watcher=Recorder(stop="finetune"))
+    write_data(folder / "data.npz", shift=1)
+    with pytest.raises(RunError, match=r"the data of .* changed"):
+        go(config)
+    write_data(folder / "data.npz")
+    (folder / "net.py").write_text(NET + "# changed\n")
+    with pytest.raises(RunError, match=r"the model of .* changed"):
+        go(config)
+    (folder / "net.py").write_text(NET)
+    run, _, _ = go(config)
+    assert run.finished
+
+
+def test_given_weights_are_the_dense_network(configure, go, folder):
+    trained = train_dense(prepare(configure()), folder / "dense", Silent())
+    given = configure(weights=str(trained))
+    with pytest.raises(KeyboardInterrupt):
+        go(given, watcher=Recorder(stop="finetune"))
+    whole = trained.read_bytes()
+    trained.write_bytes(train_dense(prepare(configure(seed=5)), folder / "dense", Silent()).read_bytes())
+    with pytest.raises(RunError, match=r"the weights of .* changed"):
+        go(given)
+    trained.write_bytes(whole)
+    run, _, watcher = go(given)
+    assert not [epoch for epoch in watcher.epochs if epoch.startswith("dense")]
+    assert run.file("dense.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "name", ["pruned.safetensors", "plan.json", "data.json", "config.json", "result.json", "manifest.json"]
+)
+def test_a_changed_run_is_not_loaded(configure, go, name):
+    run, _, _ = go(configure(train_epochs=1, soft_epochs=1, finetune_epochs=0))
+    content = bytearray(run.file(name).read_bytes())
+    content[-3] ^= 1
+    run.file(name).write_bytes(content)
+    with pytest.raises(RunError, match=name):
+        load(run.path)
+
+
+def test_a_run_is_not_loaded_into_a_changed_model(configure, go, folder):
+    run, _, _ = go(configure(train_epochs=1, soft_epochs=1, finetune_epochs=0))
+    (folder / "net.py").write_text(NET.replace("nn.ReLU", "nn.SiLU"))
+    with pytest.raises(RunError, match=r"net\.py was changed"):
+        load(run.path)
+    (folder / "net.py").unlink()
+    with pytest.raises(ModelError, match="does not exist"):
+        load(run.path)
+
+
+def test_an_unfinished_run_is_not_loaded(configure, go, folder):
+    with pytest.raises(KeyboardInterrupt):
+        go(configure(), watcher=Recorder(stop="finetune"))
+    with pytest.raises(RunError, match="no finished"):
+        load(folder / "run")
+    with pytest.raises(RunError, match="no run directory"):
+        load(folder / "nowhere")
+
+
+def test_a_budget_is_checked_before_anything_is_trained(configure):
+    config = configure(keep=0.5)
+    # Per pixel: 3·8·9 in the stem, 8·12·9 and 12·8·9 in the branch; once 8·3 in the head.
+    macs = 64 * 9 * (3 * 8 + 8 * 12 + 12 * 8) + 8 * 3
+    assert check_budget(config, prepare(config)) == f"keep at most 0.5 of the MACs: {macs / 2:,.0f} of {macs:,.0f}"
+    for keep, error in ((1e-6, BudgetError), (0.0, UsageError), (1.0, UsageError), (float("nan"), UsageError)):
+        wrong = configure(keep=keep)
+        with pytest.raises(error):
+            check_budget(wrong, prepare(wrong))
+    wrong = configure(kind="flop")
+    with pytest.raises(UsageError, match="unknown budget 'flop'"):
+        check_budget(wrong, prepare(wrong))
+
+
+def test_devices():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type in ("cpu", "cuda")
+    for name in ("meta", "cuda:63", "toaster", ""):
+        with pytest.raises(MissingError, match="no device"):
+            pick_device(name)

@@ -53,6 +53,7 @@ def export_run(run: Run, *, max_batch: int = 64) -> dict[str, Any]:
             path.replace(run.file(path.name))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    run.file(BENCH).unlink(missing_ok=True)  # it timed files that are gone
     run.write(EXPORT, facts)
     run.seal([EXPORT])
     return facts

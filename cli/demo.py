@@ -34,11 +34,12 @@ def demo(
 
     result, folder = prune_run(SETTINGS | {"seed": seed or 0}, None, None, runs)
     run = Run.open(folder)
-    note("exporting and verifying")
-    exported = export_run(run)
-    note("timing dense against pruned")
-    measured = bench_run(run)
-    page = report_run(run)
+    with run.locked():
+        note("exporting and verifying")
+        exported = export_run(run)
+        note("timing dense against pruned")
+        measured = bench_run(run)
+        page = report_run(run)
     if json:
         print_json({"run": str(folder), "report": str(page), **result, EXPORT: exported, BENCH: measured})
         return

@@ -24,6 +24,7 @@ def inspect(
     import torch
 
     from chipdeploy.errors import UsageError
+    from chipdeploy.graph.proof import prove
     from chipdeploy.graph.trace import trace
     from chipdeploy.training.models import build_model
 
@@ -31,7 +32,10 @@ def inspect(
         raise UsageError("--classes, --channels and --image-size must be 1 or more")
     spec = model or "resnet20"
     network = build_model(spec, num_classes=classes, in_channels=channels, image_size=image_size)
-    facts = {"model": spec} | describe(trace(network, torch.zeros(2, channels, image_size, image_size)))
+    example = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    graph = trace(network, example)
+    prove(network, graph, example)  # the same refusal as 'prune' would give
+    facts = {"model": spec} | describe(graph)
     if json:
         print_json(facts)
     else:

@@ -36,8 +36,8 @@ def prove(model: nn.Module, graph: ChannelGraph, example: Tensor) -> None:
             error = _difference(expected, _cut_output(model, graph, mask, example))
         if not error <= TOLERANCE:
             raise ModelError(
-                f"the cut network differs from the gated one by {error:.1e} of its largest output; the model's forward "
-                "holds numbers of channels that chipdeploy cannot follow: take them from the tensors' shapes"
+                f"the cut network differs from the gated one by {error:.1e} of its largest output; the forward holds "
+                "numbers of channels, or is random, and chipdeploy cannot follow: take numbers from the tensors' shapes"
             )
 
 

@@ -179,7 +179,7 @@ def _described(spec: str) -> Iterator[None]:
         yield
     except ChipdeployError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise ModelError(f"model {spec!r} could not be built: {type(error).__name__}: {reason}") from error
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from chipdeploy.errors import RunError
-from chipdeploy.run import save_tensors
+from chipdeploy.files import atomic
 
 NAME = "checkpoint.safetensors"
 
@@ -26,7 +26,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) ->
     """
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
-        save_tensors(path, lambda temporary: save_file(whole, temporary, metadata={"facts": json.dumps(dict(facts))}))
+        with atomic(path) as temporary:
+            save_file(whole, temporary, metadata={"facts": json.dumps(dict(facts))})
     except SafetensorError as error:
         raise RunError(f"cannot write {path}: {error}; free the folder or choose another with --run") from error
 

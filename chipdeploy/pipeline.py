@@ -20,12 +20,13 @@ from chipdeploy.chipnet.project import Projector
 from chipdeploy.chipnet.soft import Budget, ChipNet
 from chipdeploy.config import PruneConfig, TrainConfig
 from chipdeploy.errors import MissingError, RunError
+from chipdeploy.files import digest
 from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.plan import PrunePlan, dead_branches, group_widths
 from chipdeploy.graph.proof import prove
 from chipdeploy.graph.surgery import hard_prune
 from chipdeploy.graph.trace import trace
-from chipdeploy.run import CONFIG, Run, file_digest, make_folder, read_json, write_json
+from chipdeploy.run import CONFIG, Run, make_folder, read_json, write_json
 from chipdeploy.training.data import ImageData, load_data
 from chipdeploy.training.loop import Watcher, evaluate, renew_norms, train_epoch
 from chipdeploy.training.models import build_model
@@ -79,7 +80,7 @@ class Job:
     @property
     def inputs(self) -> dict[str, str]:
         """Digests of what the settings only name: the data, and the file of a model that comes from one."""
-        return {"data": self.data.digest, **model_file_digest(self.config.model)}
+        return {"data": self.data.digest, **model_digest(self.config.model)}
 
     def model(self) -> nn.Module:
         """A fresh network, its initial weights drawn from the seed."""
@@ -119,10 +120,10 @@ def prepare(config: TrainConfig) -> Job:
     return Job(config, data, rules, pick_device(config.device))
 
 
-def model_file_digest(spec: str) -> dict[str, str]:
+def model_digest(spec: str) -> dict[str, str]:
     """{"model": sha256} for a spec `FILE.py:FUNCTION`, nothing for other specs."""
     path = Path(spec.rpartition(":")[0])
-    return {"model": file_digest(path)} if path.suffix == ".py" and path.is_file() else {}
+    return {"model": digest(path)} if path.suffix == ".py" and path.is_file() else {}
 
 
 def pick_device(name: str) -> torch.device:
@@ -168,7 +169,7 @@ def train_dense(job: Job, folder: Path, watcher: Watcher) -> Path:
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     path = folder / f"{Path(job.config.model).stem.replace(':', '-')}-{key}.safetensors"
     facts = path.with_suffix(".json")
-    if path.is_file() and facts.is_file() and read_json(facts)["sha256"] == file_digest(path):
+    if path.is_file() and facts.is_file() and read_json(facts)["sha256"] == digest(path):
         return path
     make_folder(folder)
     model = job.model()
@@ -194,7 +195,7 @@ def train_dense(job: Job, folder: Path, watcher: Watcher) -> Path:
             saved, checkpoint.pack("model", model) | checkpoint.pack("optimizer", optimizer), {"rows": rows}
         )
     save_weights(model, path)
-    write_json(facts, {"settings": settings, "metrics": rows, "sha256": file_digest(path)})
+    write_json(facts, {"settings": settings, "metrics": rows, "sha256": digest(path)})
     saved.unlink(missing_ok=True)
     return path
 
@@ -233,7 +234,7 @@ class Pruning:
         self.config, self.job, self.run, self.watcher = config, job, run, watcher
         self.dense = job.model()
         load_weights(self.dense, dense)
-        self._inputs = {**job.inputs, "weights": file_digest(dense)}
+        self._inputs = {**job.inputs, "weights": digest(dense)}
         rules = job.recipe
         self.soft_epochs = config.soft_epochs or rules.soft_epochs
         self.finetune_epochs = rules.finetune_epochs if config.finetune_epochs is None else config.finetune_epochs
@@ -469,7 +470,7 @@ def load(run_dir: str | Path, *, dense: bool = False) -> nn.Module:
     spec = read_json(run.check(CONFIG))["model"]
     channels, size = data["shape"][0], data["shape"][1]
     model = build_model(spec, num_classes=len(data["classes"]), in_channels=channels, image_size=size)
-    if read_json(run.check(RESULT))["inputs"].get("model") != model_file_digest(spec).get("model"):
+    if read_json(run.check(RESULT))["inputs"].get("model") != model_digest(spec).get("model"):
         raise RunError(f"{spec.rpartition(':')[0]} was changed since {run.path} was made from it; make the run again")
     if not dense:
         graph = trace(model, torch.zeros(2, *data["shape"]))

@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from chipdeploy.errors import RunError
+from chipdeploy.files import atomic, digest, unwritable
 
 SCHEMA = 1
 MANIFEST, CONFIG, METRICS, LOCK = "manifest.json", "config.json", "metrics.jsonl", "lock"
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise.
-
-    Raises:
-        RunError: the folder is read-only or full.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        with suppress(OSError):  # where there is no folder, there is nothing to take away
-            temporary.unlink(missing_ok=True)
-
-
-def _unwritable(path: Path, error: OSError) -> RunError:
-    reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
-    return RunError(f"cannot write {path}: {reason}; free the folder or choose another with --run")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -82,12 +56,6 @@ def make_folder(path: Path) -> None:
         raise RunError(f"cannot make {path}: {error.strerror}; choose another folder with --runs") from error
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class Run:
     """One run directory."""
 
@@ -120,7 +88,7 @@ class Run:
             if not existed:
                 shutil.rmtree(path, ignore_errors=True)
             if isinstance(error, OSError):
-                raise _unwritable(path, error) from error
+                raise unwritable(path, error) from error
             raise
         return run
 
@@ -189,7 +157,7 @@ class Run:
     def seal(self, names: list[str]) -> None:
         """Write down the digests of artifacts that later commands trust."""
         manifest = self.manifest
-        manifest["sha256"] = {**manifest.get("sha256", {}), **{n: file_digest(self.path / n) for n in names}}
+        manifest["sha256"] = {**manifest.get("sha256", {}), **{n: digest(self.path / n) for n in names}}
         write_json(self.path / MANIFEST, manifest)
 
     def check(self, name: str) -> Path:
@@ -197,7 +165,7 @@ class Run:
         path, sealed = self.path / name, self.manifest.get("sha256", {}).get(name)
         if sealed is None or not path.is_file():
             raise RunError(f"{self.path} has no finished {name}; run 'chipdeploy prune --run {self.path}' to its end")
-        if file_digest(path) != sealed:
+        if digest(path) != sealed:
             raise RunError(f"{path} was changed after it was written (digest differs); make the run again")
         return path
 
@@ -223,7 +191,7 @@ class Run:
         try:
             file = path.open("a+", encoding="utf-8")
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -232,7 +200,7 @@ class Run:
                 owner = file.read().strip() or "another"
                 raise RunError(f"{self.path} is in use by process {owner}; wait for it, or choose --run") from error
             except OSError as error:
-                raise _unwritable(path, error) from error
+                raise unwritable(path, error) from error
             self._sign(path)
             yield
 
@@ -242,7 +210,7 @@ class Run:
         try:
             path.write_text(f"{os.getpid()}\n", encoding="utf-8")
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
 
     def _resume(self, command: str, config: Mapping[str, Any]) -> None:
         manifest, before = self.manifest, self.config
@@ -264,9 +232,3 @@ class Run:
             self.path / MANIFEST,
             {"schema": SCHEMA, "command": command, "status": status, "created": created, "version": __version__},
         )
-
-
-def save_tensors(path: Path, save: Callable[[Path], None]) -> None:
-    """Let `save` write a file that takes its place atomically."""
-    with atomic(path) as temporary:
-        save(temporary)

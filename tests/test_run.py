@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from chipdeploy.errors import RunError
-from chipdeploy.run import Run, atomic, file_digest, read_json, write_json, write_text
+from chipdeploy.files import atomic, digest
+from chipdeploy.run import Run, read_json, write_json, write_text
 
 
 def names(folder):
@@ -182,10 +183,10 @@ def test_a_missing_file_is_one_error(tmp_path):
         Run.open(tmp_path)
 
 
-def test_file_digest_is_sha256(tmp_path):
+def test_a_digest_is_sha256(tmp_path):
     path = tmp_path / "abc"
     path.write_bytes(b"abc")
-    assert file_digest(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert digest(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 HOLD = """

@@ -7,7 +7,6 @@ import copy
 import hashlib
 import io
 import logging
-import os
 import re
 import site
 import sys
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from chipdeploy.errors import ExportError, UsageError
+from chipdeploy.files import atomic, digest
 
 OPSET = 20
 CAUSE_LENGTH = 200  # characters of a foreign error that are shown
@@ -103,8 +103,7 @@ def model_digest(path: Path) -> str:
         ExportError: the file cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return digest(path)
     except OSError as error:
         raise ExportError(f"cannot read {path.name}: {error.strerror}; export the network again") from error
 
@@ -233,18 +232,8 @@ def _write(proto: Any, path: Path) -> bytes:
     with _step("check the ONNX graph"):
         content: bytes = proto.SerializeToString(deterministic=True)
         onnx.checker.check_model(content, full_check=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise ExportError(f"cannot write {path}: {error.strerror}; free it or choose another folder") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with atomic(path, ExportError) as temporary:
+        temporary.write_bytes(content)
     return content
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from chipdeploy.errors import RunError
+from chipdeploy.files import atomic
 from chipdeploy.latency.measure import Comparison, headline
 from chipdeploy.report.plots import channels_plot
 from chipdeploy.report.tables import (
@@ -53,11 +53,13 @@ def write_report(
     try:
         comparisons = [Comparison.from_dict(item) for item in bench or ()]
         page = _page(result, export, bench, comparisons, metrics)
-        _replace(folder / PICTURE, lambda path: channels_plot(result["layers"], path))
+        with atomic(folder / PICTURE) as path:
+            channels_plot(result["layers"], path)
     except (KeyError, TypeError, IndexError) as error:
         cause = f"{type(error).__name__}: {error}"
         raise RunError(f"an artifact is damaged ({cause}); run the step that wrote it again") from error
-    _replace(folder / PAGE, lambda path: path.write_text(page, encoding="utf-8"))
+    with atomic(folder / PAGE) as path:
+        path.write_text(page, encoding="utf-8")
     return folder / PAGE
 
 
@@ -262,15 +264,3 @@ def _advice(export: Artifact | None, comparisons: Sequence[Comparison]) -> str:
             "then `chipdeploy export` and `chipdeploy bench`."
         )
     return "`chipdeploy bench` on the machine that will run the network: a speedup holds only where it was measured."
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a hidden neighbour of `path` that then takes its place."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}; free it or choose another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)

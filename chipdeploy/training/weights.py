@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from chipdeploy.errors import WeightsError
+from chipdeploy.files import atomic
 
 # A BatchNorm's count of training steps changes no output, and many published files leave it out.
 _OPTIONAL = "num_batches_tracked"
@@ -54,7 +53,9 @@ def save_weights(model_or_state: nn.Module | Mapping[str, Tensor], path: Path) -
             raise WeightsError(
                 f"cannot save {path}: entry {name!r} is of type {type(value).__name__}; only tensors are saved"
             )
-    _replace(path, safetensors.torch.save(_unshared(state), {"format": "pt"}))
+    content = safetensors.torch.save(_unshared(state), {"format": "pt"})
+    with atomic(path, WeightsError) as temporary:
+        temporary.write_bytes(content)
 
 
 def _read(path: Path) -> object:
@@ -139,18 +140,3 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     return result
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Put `content` at `path` by way of a file beside it, so that a crash leaves the old file or the new one."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with part.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise WeightsError(f"cannot write weights file {str(path)!r}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)

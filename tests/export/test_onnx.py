@@ -205,7 +205,7 @@ def test_a_graph_that_fails_the_checker_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_does_not_exist(tmp_path):
-    with pytest.raises(ExportError, match="No such file or directory; free it or choose another folder"):
+    with pytest.raises(ExportError, match="No such file or directory; free the folder or choose another"):
         export_onnx(small_net(), torch.randn(2, 3, 8, 8), tmp_path / "gone" / "net.onnx")
 
 

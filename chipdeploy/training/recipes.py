@@ -16,8 +16,8 @@ class Recipe:
     `joined`: one learning-rate curve over soft and finetune together, so that time in the soft phase also trains.
     """
 
-    batch: int = 128
-    soft_batch: int = 128
+    batch: int = 64
+    soft_batch: int = 64
     rate: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -42,6 +42,7 @@ RECIPES: dict[str, Recipe] = {
     "default": Recipe(),
     # Section 4 and the published code: AdamW 1e-3 for 20 soft epochs of batch 32; SGD 0.05, halved every 30 epochs.
     "paper": Recipe(
+        batch=128,
         soft_batch=32,
         rate=0.05,
         weight_decay=1e-3,

@@ -39,6 +39,7 @@ from chipdeploy.latency.measure import compare, environment
 from chipdeploy.pipeline import Job, load, prepare, prune, train_dense
 from chipdeploy.run import Run, write_json
 from chipdeploy.training.loop import Silent, evaluate, renew_norms, train_epoch
+from chipdeploy.training.recipes import recipe
 from chipdeploy.training.weights import load_weights
 
 KEEPS, METHODS = "0.3,0.15,0.5", "chipnet,global,uniform,torch-pruning"
@@ -112,6 +113,7 @@ def _header(options: argparse.Namespace) -> dict[str, Any]:
     kept = ("model", "total", "soft", "dense_epochs", "scratch_epochs")
     data = Path(options.data.partition(":")[2] or options.data).name
     settings = {key: getattr(options, key) for key in kept} | {"data": data, "given_weights": bool(options.weights)}
+    settings["batch"] = recipe("default").batch
     return {"schema": 1, "settings": settings, "environment": environment(), "cells": []}
 
 

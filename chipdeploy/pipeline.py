@@ -256,14 +256,14 @@ class Pruning:
             schedule=job.recipe.schedule,
         )
         optimizer = self._soft_optimizer(model)
-        self._resume("soft", {"chip": chip, "optimizer": optimizer, "logits": chip.optimizer}, chip)
+        self._resume("soft", {"chip": chip, "optimizer": optimizer, "logits": chip.optimizer})
         done = sum(row["phase"] == "soft" for row in self.rows)
         self.watcher.phase("soft pruning", self.soft_epochs - done, job.soft_steps)
         for epoch in range(done, self.soft_epochs):
             rate = partial(self._soft_rate, epoch * job.soft_steps)
             loss = _epoch(job, chip, optimizer, epoch, rate, job.soft_batch, self.watcher)
             self._note(self._look(chip, epoch, loss))
-            self._save("soft", {"chip": chip, "optimizer": optimizer, "logits": chip.optimizer}, chip.counters())
+            self._save("soft", {"chip": chip, "optimizer": optimizer, "logits": chip.optimizer})
         assert self.best is not None
         plan = PrunePlan.from_dict(self.best["plan"])
         small = hard_prune(self.dense, chip.graph, plan)
@@ -301,7 +301,7 @@ class Pruning:
         job = self.job
         small = small.to(memory_format=torch.channels_last)
         optimizer = _sgd(small, job)
-        self._resume("finetune", {"model": small, "optimizer": optimizer}, None)
+        self._resume("finetune", {"model": small, "optimizer": optimizer})
         done = sum(row["phase"] == "finetune" for row in self.rows)
         self.watcher.phase("finetune", self.finetune_epochs - done, job.steps)
         before = self.soft_epochs * job.soft_steps if job.recipe.joined else 0
@@ -315,7 +315,7 @@ class Pruning:
                 self.best["val"] = accuracy
                 self.best_state = {name: tensor.clone() for name, tensor in small.state_dict().items()}
             self._note({"phase": "finetune", "epoch": epoch + 1, "loss": loss, "val": accuracy})
-            self._save("finetune", {"model": small, "optimizer": optimizer}, {})
+            self._save("finetune", {"model": small, "optimizer": optimizer})
         small.load_state_dict(self.best_state)
         return small
 
@@ -342,7 +342,7 @@ class Pruning:
         self.run.write_metrics(self.rows)
         self.watcher.epoch(row)
 
-    def _save(self, phase: str, parts: dict[str, nn.Module | torch.optim.Optimizer], counters: dict[str, Any]) -> None:
+    def _save(self, phase: str, parts: dict[str, nn.Module | torch.optim.Optimizer]) -> None:
         tensors = {f"best.{name}": tensor for name, tensor in self.best_state.items()}
         for name, part in parts.items():
             tensors |= checkpoint.pack(name, part)
@@ -351,11 +351,10 @@ class Pruning:
             "inputs": self._inputs,
             "rows": self.rows,
             "best": self.best,
-            "counters": counters,
         }
         checkpoint.save(self.run.file(checkpoint.NAME), tensors, facts)
 
-    def _resume(self, phase: str, parts: dict[str, nn.Module | torch.optim.Optimizer], chip: ChipNet | None) -> None:
+    def _resume(self, phase: str, parts: dict[str, nn.Module | torch.optim.Optimizer]) -> None:
         path = self.run.file(checkpoint.NAME)
         if not path.is_file():
             return
@@ -371,8 +370,6 @@ class Pruning:
             return
         for name, part in parts.items():
             checkpoint.unpack(name, tensors, part)
-        if chip is not None:
-            chip.restore(facts["counters"])
 
 
 def prune(config: PruneConfig, job: Job, run: Run, dense: Path, watcher: Watcher) -> dict[str, Any]:

@@ -164,7 +164,9 @@ class Run:
         """The path of a sealed artifact. Raises RunError where it is missing or was changed."""
         path, sealed = self.path / name, self.manifest.get("sha256", {}).get(name)
         if sealed is None or not path.is_file():
-            raise RunError(f"{self.path} has no finished {name}; run 'chipdeploy prune --run {self.path}' to its end")
+            raise RunError(
+                f"{self.path} has no finished {name}; finish it by its own 'chipdeploy prune' command with --run"
+            )
         if digest(path) != sealed:
             raise RunError(f"{path} was changed after it was written (digest differs); make the run again")
         return path

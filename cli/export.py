@@ -13,7 +13,7 @@ from .output import console, print_json
 
 def export(
     run: options.RunDir = None,
-    max_batch: Annotated[int, typer.Option("--max-batch", help="Largest batch that the files accept.")] = 64,
+    max_batch: Annotated[int, typer.Option("--max-batch", help="Largest batch that the files are made for.")] = 64,
     runs: options.Runs = Path("runs"),
     json: options.Json = False,
 ) -> None:

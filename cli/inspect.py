@@ -76,7 +76,7 @@ def _print(facts: dict[str, Any]) -> None:
         f"{facts['model']} for images {facts['input']}: {costs['macs'] / 1e6:.2f} MMACs, {costs['params']:,} params, "
         f"{costs['channels']:,} channels, {costs['volume']:,} activations"
     )
-    table = Table("group", "channels", "removable with", "members", box=None, pad_edge=False)
+    table = Table("group", "channels", "can go with", "members", box=None, pad_edge=False)
     for group in facts["groups"]:
         way = group["branch"] or ("the rest of its stream" if group["may_vanish"] else "no")
         table.add_row(group["name"], str(group["channels"]), way, ", ".join(group["members"]))

@@ -16,7 +16,7 @@ from math import gcd
 import numpy as np
 
 from chipdeploy.chipnet.costs import CostModel, Floats
-from chipdeploy.errors import BudgetError
+from chipdeploy.errors import BudgetError, UsageError
 from chipdeploy.graph.channels import ChannelGraph, Mask
 from chipdeploy.graph.labels import Ints
 
@@ -40,6 +40,8 @@ class Projector:
     """Finds plans for one graph, one cost and one alignment."""
 
     def __init__(self, graph: ChannelGraph, cost: CostModel, align: int = 16) -> None:
+        if align < 1:
+            raise UsageError(f"the alignment must be 1 or more, got {align}; 1 gives free widths")
         self.graph, self.cost = graph, cost
         self._coefficients = cost.coefficients / cost.dense
         self._units = np.array([gcd(group.size, align) for group in graph.groups], dtype=np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from math import exp
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from chipdeploy.chipnet.project import Projector
 from chipdeploy.chipnet.schedule import Schedule
 from chipdeploy.errors import UsageError
 from chipdeploy.graph.channels import Mask
-from chipdeploy.graph.gating import Gating
-from chipdeploy.graph.plan import PrunePlan
+from chipdeploy.graph.gating import Gating, gated_call
+from chipdeploy.graph.labels import Ints
+from chipdeploy.graph.plan import PrunePlan, group_widths
 from chipdeploy.graph.proof import prove
 from chipdeploy.graph.trace import trace
 
@@ -38,8 +40,10 @@ class Budget:
     def __post_init__(self) -> None:
         if self.kind not in BUDGETS:
             raise UsageError(f"unknown budget {self.kind!r}; use one of {', '.join(BUDGETS)}")
-        if not 0.0 < self.keep < 1.0:
-            raise UsageError(f"--{self.kind} must lie between 0 and 1 (the share that stays), got {self.keep}; try 0.3")
+        if not isinstance(self.keep, int | float) or not 0.0 < self.keep < 1.0:
+            raise UsageError(
+                f"the {self.kind} budget is the share that stays, between 0 and 1, got {self.keep}; try 0.3"
+            )
 
     @property
     def cost(self) -> str:
@@ -78,6 +82,8 @@ class ChipNet(nn.Module):
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
+        if steps < 1:
+            raise UsageError(f"steps must be the number of training steps to come, 1 or more, got {steps}")
         self.model, self.budget = model, budget
         self.schedule = schedule or Schedule()
         self.graph = trace(model, example)
@@ -88,7 +94,7 @@ class ChipNet(nn.Module):
         device = example.device
         self._gating = Gating(self.graph, device)
         self._soft_cost = SoftCost(self.cost, device)
-        self._steps, self._step = max(1, steps), 0
+        self._steps, self._step = steps, 0
         count = self.graph.channels
         generator = torch.Generator().manual_seed(0)
         # ψ starts in U[0, 0.01), as published; while the gates listen it is set from what they hear.
@@ -126,22 +132,19 @@ class ChipNet(nn.Module):
         if gates.requires_grad:
             gates.retain_grad()
         self._last = (curve, gates)
-        scaled = self._gating(gates, dict(self.model.named_parameters()))
-        output: Tensor = torch.func.functional_call(self.model, scaled, inputs)
-        return output
+        return gated_call(self.model, self._gating, gates, *inputs)
 
     def loss(self, task: Tensor) -> Tensor:
         """task + α1 · crispness + α2 · (V − V0)², of the gates of the last forward pass."""
-        assert self._last is not None, "call the network before its loss"
+        curve, gates = self._seen()
         if self.listening:
             return task
-        curve, gates = self._last
         gap = self._share(gates) - self.target()
         return task + self.schedule.crispness_weight * crispness(curve, gates) + self.schedule.budget_weight * gap**2
 
     def step(self) -> None:
         """Move ψ and the schedule by one step; call it after the optimizer's own step."""
-        assert self._last is not None, "call the network before its step"
+        self._seen()
         if self.listening:
             self._hear()
         elif not self._settled:  # after that the gates only become crisp
@@ -180,9 +183,10 @@ class ChipNet(nn.Module):
         return PrunePlan.from_mask(self.graph, mask)
 
     def folded(self) -> nn.Module:
-        """A copy of the model with the gates multiplied into its weights.
+        """A copy of the model with the gates of the channels that the plan keeps multiplied into its weights.
 
-        Cut this one, and nothing is lost but what the closed gates let through.
+        It is made to be cut by `plan`: nothing is lost then but what the closed gates let through. Before the cut the
+        other channels stand in it at full strength.
         """
         copied = copy.deepcopy(self.model)
         parameters = dict(copied.named_parameters())
@@ -192,14 +196,31 @@ class ChipNet(nn.Module):
                 parameters[name].copy_(scaled)
         return copied
 
-    def counters(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside the tensors."""
-        return {"step": self._step, "begun": self._begun, "settled": self._settled}
+    def get_extra_state(self) -> Tensor:
+        """The place in the schedule, int64 [3]: it travels with `state_dict`."""
+        return torch.tensor([self._step, self._begun, self._settled])
 
-    def restore(self, counters: dict[str, Any]) -> None:
-        """Put back what `counters` gave."""
-        self._step, self._begun = int(counters["step"]), bool(counters["begun"])
-        self._settled = bool(counters["settled"])
+    def set_extra_state(self, state: Tensor) -> None:
+        """Called by `load_state_dict`."""
+        step, begun, settled = state.tolist()
+        self._step, self._begun, self._settled = step, bool(begun), bool(settled)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ChipNet:
+        # The gates of the last forward pass belong to its autograd graph and cannot be copied.
+        last, self._last = self._last, None
+        try:
+            copied = self.__class__.__new__(self.__class__)
+            memo[id(self)] = copied
+            copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        finally:
+            self._last = last
+        return copied
+
+    def _seen(self) -> tuple[Tensor, Tensor]:
+        """Curve and gates of the last forward pass."""
+        if self._last is None:
+            raise UsageError("no forward pass yet; call the ChipNet on a batch before its loss() and step()")
+        return self._last
 
     def _kept(self) -> Tensor:
         mask = self.plan().mask(self.graph)
@@ -213,18 +234,23 @@ class ChipNet(nn.Module):
         if not self.schedule.projected:
             curve = logistic(self.logits, beta)
             return curve, heaviside(curve, gamma)
-        curve = logistic(self.logits + self._shift, beta, -half_point(beta, gamma))
+        logits = self.logits.detach() if self._settled else self.logits  # ψ rests once the plan has settled
+        curve = logistic(logits + self._shift, beta, -half_point(beta, gamma))
         return curve, heaviside(curve, gamma)
 
     def _share(self, gates: Tensor) -> Tensor:
-        soft = rounding(gates, self.schedule.kappa_at(self.progress))
+        kappa = self.schedule.kappa_at(self.progress)
+        soft = rounding(gates, kappa)
+        if self.schedule.projected:
+            # Stretched so that r(0) = 0 and r(1) = 1: crisp gates are counted as they will be deployed.
+            rest = 1.0 / (1.0 + exp(kappa / 2))
+            soft = (soft - rest) / (1.0 - 2.0 * rest)
         widths = soft.new_zeros(len(self.graph.groups)).index_add(0, self._group, soft)
         return self._soft_cost(widths, self._gating.alive(soft))
 
     def _hear(self) -> None:
         """Importance of a channel: the mean square of ∂loss/∂z at z = 1 (Molchanov et al., CVPR 2019, eq. 8)."""
-        assert self._last is not None
-        gradient = self._last[1].grad
+        gradient = self._seen()[1].grad
         if gradient is not None:
             self._heard += gradient.square()
 
@@ -243,13 +269,15 @@ class ChipNet(nn.Module):
         values: np.ndarray = np.exp(2.0 * np.clip(logits, -30.0, 30.0))
         return values
 
-    def _mask(self, keep: float) -> Mask:
-        return self.projector.project(self.scores(), keep)
+    def _mask(self, keep: float, start: Ints | None = None) -> Mask:
+        return self.projector.project(self.scores(), keep, start=start)
 
     def _project(self) -> None:
         """Renew the plan under the falling budget, and where every gate's centre is to go."""
         keep = self.target()
-        mask = np.ones(self.graph.channels, dtype=np.bool_) if keep >= 1.0 else self._mask(keep)
+        # On the way the search goes on from the last plan; the one that is cut is searched for from the beginning.
+        start = None if self._settling else group_widths(self.graph, self._planned.cpu().numpy())
+        mask = np.ones(self.graph.channels, dtype=np.bool_) if keep >= 1.0 else self._mask(keep, start)
         self._planned.copy_(torch.from_numpy(mask))
         self._goal.copy_(torch.from_numpy(self._centres(mask)).to(self._goal))
 

@@ -66,12 +66,12 @@ class OnnxFile:
 def export_onnx(
     model: nn.Module,
     example: Tensor,
-    path: Path,
+    path: str | Path,
     *,
     max_batch: int = 64,
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> OnnxFile:
-    """Write `model` in eval mode to `path`, with a free batch size from 1 to `max_batch`. The model stays as it is.
+    """Write `model` in eval mode and float32 to `path`, made for batches of 1 to `max_batch`. The model stays as it is.
 
     Args:
         example: images [N, C, H, W] of the size that the network will see; N does not matter.
@@ -84,6 +84,7 @@ def export_onnx(
     """
     if max_batch < 2:
         raise UsageError(f"max_batch must be at least 2 for a free batch size, got {max_batch}")
+    path = Path(path)
     program = _traced(model, example, max_batch)
     proto = _converted(program)
     with _step("clean the ONNX graph"):

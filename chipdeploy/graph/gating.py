@@ -6,7 +6,8 @@ z · weight. A branch whose groups are all closed yields nothing: its last affin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -51,9 +52,27 @@ class Gating:
         return gates.new_zeros(self._branches).scatter_reduce(0, branch, gates[channel], "amax")
 
 
+@contextmanager
+def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, `model` computes with `tensors` in place of its parameters of these names; afterwards with its own.
+
+    What `torch.func.functional_call` does, at a tenth of its cost: it is paid in every step of the soft phase.
+    """
+    homes = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in tensors]
+    own = [module._parameters[name] for module, name in homes]
+    try:
+        for (module, name), tensor in zip(homes, tensors.values(), strict=True):
+            module._parameters[name] = tensor  # type: ignore[assignment]
+        yield
+    finally:
+        for (module, name), parameter in zip(homes, own, strict=True):
+            module._parameters[name] = parameter
+
+
 def gated_call(model: nn.Module, gating: Gating, gates: Tensor, *inputs: Tensor) -> Tensor:
     """Run `model` with its tensors scaled by `gates`; the model itself stays as it is."""
-    output: Tensor = torch.func.functional_call(model, gating(gates, dict(model.named_parameters())), inputs)
+    with swapped(model, gating(gates, dict(model.named_parameters()))):
+        output: Tensor = model(*inputs)
     return output
 
 

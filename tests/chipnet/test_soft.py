@@ -119,9 +119,35 @@ def test_a_checkpoint_holds_all_that_the_gates_need(pruned):
     tensors = checkpoint.pack("chip", pruned) | checkpoint.pack("logits", pruned.optimizer)
     checkpoint.unpack("chip", tensors, other)
     checkpoint.unpack("logits", tensors, other.optimizer)
-    other.restore(pruned.counters())
+    assert other.progress == 1.0
     assert torch.equal(other.gates(), pruned.gates())
     assert other.plan() == pruned.plan()
+
+
+def test_a_copy_in_the_middle_of_training_goes_on_like_the_original():
+    chip = soft_prune(steps=30)
+    copied = copy.deepcopy(chip)
+    assert torch.equal(copied.gates(), chip.gates())
+    assert copied.plan() == chip.plan()
+    images, _ = next(batches(1))
+    assert torch.equal(copied.eval()(images), chip.eval()(images))
+
+
+def test_crisp_gates_are_counted_as_they_will_be_deployed(pruned):
+    fresh = ChipNet(network(), EXAMPLE, cd.Budget("flops", 0.3), steps=100)
+    assert fresh.soft_share() == pytest.approx(1.0, abs=1e-5)  # all gates are open
+    deployed = pruned.cost.count(group_widths(pruned.graph, pruned.plan().mask(pruned.graph))) / pruned.cost.dense
+    assert pruned.soft_share() == pytest.approx(deployed, abs=2e-3)
+
+
+def test_a_loss_before_a_forward_pass_and_no_steps_at_all_are_refused():
+    chip = ChipNet(network(), EXAMPLE, cd.Budget("flops", 0.3), steps=100)
+    with pytest.raises(UsageError, match="no forward pass yet"):
+        chip.loss(torch.tensor(1.0))
+    with pytest.raises(UsageError, match="steps must be"):
+        ChipNet(network(), EXAMPLE, cd.Budget("flops", 0.3), steps=0)
+    with pytest.raises(UsageError, match="alignment must be 1 or more"):
+        ChipNet(network(), EXAMPLE, cd.Budget("flops", 0.3), align=0)
 
 
 def test_the_published_schedule_trains_and_its_cut_keeps_the_budget():
@@ -129,7 +155,9 @@ def test_the_published_schedule_trains_and_its_cut_keeps_the_budget():
     assert chip.cost.count(group_widths(chip.graph, chip.plan().mask(chip.graph))) <= 0.3 * chip.cost.dense
 
 
-@pytest.mark.parametrize(("kind", "keep"), [("flops", 0.0), ("flops", 1.0), ("flops", -1.0), ("flops", float("nan"))])
+@pytest.mark.parametrize(
+    ("kind", "keep"), [("flops", 0.0), ("flops", 1.0), ("flops", -1.0), ("flops", float("nan")), ("flops", "30%")]
+)
 def test_a_budget_outside_its_range_is_refused(kind, keep):
     with pytest.raises(UsageError, match="between 0 and 1"):
         cd.Budget(kind, keep)

@@ -165,7 +165,7 @@ def train_dense(job: Job, folder: Path, watcher: Watcher) -> Path:
     The file holds the weights; a JSON file beside it the settings and the accuracies.
     """
     settings = job.config.model_dump(include=set(TrainConfig.model_fields))
-    settings |= {f"{name}_digest": digest for name, digest in job.inputs.items()}
+    settings |= {f"{name}_digest": value for name, value in job.inputs.items()}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     path = folder / f"{Path(job.config.model).stem.replace(':', '-')}-{key}.safetensors"
     facts = path.with_suffix(".json")

@@ -58,15 +58,22 @@ def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
     What `torch.func.functional_call` does, at a tenth of its cost: it is paid in every step of the soft phase.
     """
-    homes = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in tensors]
-    own = [module._parameters[name] for module, name in homes]
+    parameters = dict(model.named_parameters())
+    new = {id(parameters[name]): tensor for name, tensor in tensors.items()}
+    # By identity, not by name: a parameter that several modules share is swapped in all of them.
+    homes = [
+        (store, name, parameter)
+        for store in (module._parameters for module in model.modules())
+        for name, parameter in store.items()
+        if id(parameter) in new
+    ]
     try:
-        for (module, name), tensor in zip(homes, tensors.values(), strict=True):
-            module._parameters[name] = tensor  # type: ignore[assignment]
+        for store, name, parameter in homes:
+            store[name] = new[id(parameter)]  # type: ignore[assignment]
         yield
     finally:
-        for (module, name), parameter in zip(homes, own, strict=True):
-            module._parameters[name] = parameter
+        for store, name, parameter in homes:
+            store[name] = parameter
 
 
 def gated_call(model: nn.Module, gating: Gating, gates: Tensor, *inputs: Tensor) -> Tensor:

@@ -92,7 +92,22 @@ def export_onnx(
         _describe(proto, metadata)
         _check_shapes(proto)
         _check_no_paths(proto)
-    content = _write(proto, path)
+    return save_onnx(proto, path)
+
+
+def save_onnx(proto: Any, path: Path) -> OnnxFile:
+    """Check an `onnx.ModelProto` in full, then put it at `path` in one step.
+
+    Raises:
+        ExportError: the graph is invalid, or the folder cannot be written; a file that was there before is untouched.
+    """
+    import onnx
+
+    with _step("check the ONNX graph"):
+        content: bytes = proto.SerializeToString(deterministic=True)
+        onnx.checker.check_model(content, full_check=True)
+    with atomic(path, ExportError) as temporary:
+        temporary.write_bytes(content)
     op_types = dict(sorted(Counter(node.op_type for node in proto.graph.node).items()))
     return OnnxFile(path, hashlib.sha256(content).hexdigest(), len(content), len(proto.graph.node), op_types)
 
@@ -224,18 +239,6 @@ def _strings(message: Any) -> Iterator[str]:
                 yield text.decode(errors="replace")
     for child in _children(message):
         yield from _strings(child)
-
-
-def _write(proto: Any, path: Path) -> bytes:
-    """Check the graph in full, then put it at `path` in one step."""
-    import onnx
-
-    with _step("check the ONNX graph"):
-        content: bytes = proto.SerializeToString(deterministic=True)
-        onnx.checker.check_model(content, full_check=True)
-    with atomic(path, ExportError) as temporary:
-        temporary.write_bytes(content)
-    return content
 
 
 def _version() -> str:

@@ -1,25 +1,35 @@
-"""ONNX Runtime on the CPU, set up so that its times mean something."""
+"""ONNX Runtime on the CPU and on CUDA, set up so that its times mean something."""
 
 from __future__ import annotations
 
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from chipdeploy.engines.base import Images, LayerTime, check_images, check_options, engine
+from chipdeploy.engines.target import CPU, Target
+from chipdeploy.errors import ExportError, MissingError, UsageError
 
-from chipdeploy.engines.base import Images, engine
-from chipdeploy.errors import ExportError, InputError, MissingError, UsageError
+if TYPE_CHECKING:
+    from torch import nn
 
 ERRORS_ONLY = 3  # ONNX Runtime's severities: 2 warning, 3 error, 4 fatal
-PROVIDER = "CPUExecutionProvider"
+CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
+EXTRAS = {CPU_PROVIDER: "cpu", CUDA_PROVIDER: "gpu"}
+# TF32 is ONNX Runtime's default: an fp32 baseline would have 10 bits of mantissa.
+CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE"}
 
 
 class OrtEngine:
-    """An ONNX file in an ONNX Runtime session on the CPU.
+    """An ONNX file in an ONNX Runtime session.
 
     Args:
         path: the ONNX file; one input of images, the first output is the logits.
+        target: an `ort` target; its precision is the file's own and is only carried along.
         threads: intra-op threads. Nothing else may run beside them: inter-op is 1, execution is sequential.
 
     Raises:
@@ -28,20 +38,24 @@ class OrtEngine:
         ExportError: the file is missing, damaged, or has more than one input.
     """
 
-    name = "ort-cpu"
-
-    def __init__(self, path: Path, *, threads: int = 1) -> None:
+    def __init__(self, path: Path, target: Target | None = None, *, threads: int = 1) -> None:
         if threads < 1:
             raise UsageError(f"threads must be at least 1, got {threads}")
         self.path = path
         self.threads = threads
-        self._session = _session(path, threads)
+        self.target = target or Target("ort", CPU)
+        self._provider = CPU_PROVIDER if self.target.device == CPU else CUDA_PROVIDER
+        self._session = _session(path, threads, self._provider)
         inputs = self._session.get_inputs()
         if len(inputs) != 1:
             raise ExportError(f"{path.name} takes {len(inputs)} inputs; export a network that takes images only")
         self._input: str = inputs[0].name
-        # A number is a fixed size, a string a free one.
+        self._output: str = self._session.get_outputs()[0].name
         self.input_shape: tuple[int | str, ...] = tuple(inputs[0].shape)
+
+    @property
+    def name(self) -> str:
+        return self.target.name
 
     def run(self, images: Images) -> Images:
         """Images [N, C, H, W] float32 to logits [N, classes] float32.
@@ -49,15 +63,45 @@ class OrtEngine:
         Raises:
             InputError: images of another type or shape than the network takes.
         """
-        self._check(images)
-        logits: Images = self._session.run(None, {self._input: images})[0]
+        check_images(self.path.name, images, self.input_shape)
+        logits: Images = self._session.run([self._output], {self._input: images})[0]
         return logits
 
-    def describe(self) -> dict[str, object]:
+    def stopwatch(self, images: Images) -> Callable[[], float] | None:
+        """On CUDA: images and logits stay on the device; from the call to the end of the work, without copies."""
+        if self._provider == CPU_PROVIDER:
+            return None
+        import onnxruntime as ort
+
+        check_images(self.path.name, images, self.input_shape)
+        binding = self._session.io_binding()
+        binding.bind_ortvalue_input(self._input, ort.OrtValue.ortvalue_from_numpy(images, "cuda", 0))
+        binding.bind_output(self._output, "cuda", 0)
+
+        def once() -> float:
+            before = time.perf_counter()
+            self._session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+            return time.perf_counter() - before
+
+        return once
+
+    def layer_times(self, images: Images, runs: int) -> list[LayerTime]:
+        """Mean kernel times of the nodes, from ONNX Runtime's own profile of `runs` inferences after three others."""
+        check_images(self.path.name, images, self.input_shape)
+        warm_up = 3
+        with tempfile.TemporaryDirectory() as folder:
+            session = _session(self.path, self.threads, self._provider, profile=Path(folder) / "profile")
+            for _ in range(warm_up + runs):
+                session.run([self._output], {self._input: images})
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        return _mean_times(events, warm_up)
+
+    def describe(self) -> dict[str, Any]:
         """Runtime, version, provider, threads and shapes; JSON values only."""
         import onnxruntime
 
-        return {
+        facts: dict[str, Any] = {
             "name": self.name,
             "file": self.path.name,
             "onnxruntime": onnxruntime.__version__,
@@ -66,37 +110,51 @@ class OrtEngine:
             "spinning": False,
             "input": list(self.input_shape),
         }
-
-    def _check(self, images: Images) -> None:
-        if images.dtype != np.float32:
-            raise InputError(f"{self.path.name} takes float32 images, got {images.dtype}; use images.astype('float32')")
-        fits = len(images.shape) == len(self.input_shape) and all(
-            got == wanted if isinstance(wanted, int) else got >= 1
-            for got, wanted in zip(images.shape, self.input_shape, strict=True)
-        )
-        if not fits:
-            wanted, got = (" x ".join(map(str, shape)) for shape in (self.input_shape, images.shape))
-            raise InputError(f"{self.path.name} takes images of {wanted}, got {got}; resize the images")
+        if self._provider == CUDA_PROVIDER:
+            facts["tf32"] = False
+        return facts
 
 
-@engine("ort-cpu")
-def open_ort_cpu(path: Path, /, **options: int) -> OrtEngine:
-    """Open `path` in ONNX Runtime on the CPU; the only option is `threads` (default 1)."""
-    unknown = sorted(options.keys() - {"threads"})
-    if unknown:
-        raise UsageError(f"ort-cpu has no option {', '.join(unknown)}; known: threads")
-    return OrtEngine(path, **options)
+def _mean_times(events: list[Mapping[str, Any]], warm_up: int) -> list[LayerTime]:
+    """Of every node, the mean over all runs but the first `warm_up`, in the order of the first run."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for event in events:
+        name = str(event.get("name", ""))
+        if event.get("cat") == "Node" and name.endswith("_kernel_time"):
+            key = name.removesuffix("_kernel_time"), str(event.get("args", {}).get("op_name", ""))
+            found.setdefault(key, []).append(float(event["dur"]) / 1e3)  # microseconds
+    return [
+        LayerTime(name, kind, sum(times[warm_up:]) / max(1, len(times) - warm_up))
+        for (name, kind), times in found.items()
+    ]
 
 
-def _session(path: Path, threads: int) -> Any:
-    """An `onnxruntime.InferenceSession` that runs on the CPU provider and nowhere else."""
-    _check_installed()
+@engine("ort")
+def open_ort(artifact: Path | nn.Module, target: Target, /, **options: int) -> OrtEngine:
+    """Open an ONNX file in ONNX Runtime; the only option is `threads` (default 1)."""
+    check_options(target, options, ("threads",))
+    if not isinstance(artifact, Path):
+        raise UsageError(f"{target.name} runs an ONNX file, got a {type(artifact).__name__}; export it first")
+    return OrtEngine(artifact, target, **options)
+
+
+def _session(path: Path, threads: int, provider: str, *, profile: Path | None = None) -> Any:
+    """An `onnxruntime.InferenceSession` that runs on `provider` and nowhere else."""
+    check_installed()
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise MissingError("onnxruntime is not installed; run: pip install 'chipdeploy[cpu]'") from error
+        raise MissingError(
+            f"onnxruntime is not installed; run: pip install 'chipdeploy[{EXTRAS[provider]}]'"
+        ) from error
     if not path.is_file():
         raise ExportError(f"there is no ONNX file {path.name!r} in {path.parent}; export the network first")
+    if provider not in ort.get_available_providers():
+        raise MissingError(
+            f"this ONNX Runtime has no {provider}; run: pip uninstall -y onnxruntime && pip install 'chipdeploy[gpu]'"
+        )
+    if provider == CUDA_PROVIDER:
+        ort.preload_dlls()  # CUDA and cuDNN from pip's packages, where they are not the system's
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -105,19 +163,29 @@ def _session(path: Path, threads: int) -> Any:
     # Threads that spin while they wait steal the cores of whatever else runs: times then depend on the neighbours.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    wanted = [(provider, CUDA_OPTIONS)] if provider == CUDA_PROVIDER else [provider]
     try:
-        session = ort.InferenceSession(str(path), sess_options=options, providers=[PROVIDER])
+        session = ort.InferenceSession(str(path), sess_options=options, providers=wanted)
     except Exception as error:  # ONNX Runtime's errors share no base class.
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ExportError(f"{path.name} is not a network that ONNX Runtime can load: {reason}; export again") from error
-    if (got := session.get_providers()) != [PROVIDER]:
-        # ONNX Runtime falls back to another provider without a word.
-        raise MissingError(f"asked ONNX Runtime for {PROVIDER}, got {', '.join(got)}; reinstall onnxruntime")
+    # ONNX Runtime falls back to another provider without a word. The CPU's own stands behind CUDA in any case.
+    if (got := session.get_providers())[0] != provider:
+        raise MissingError(
+            f"asked ONNX Runtime for {provider}, got {', '.join(got)}; see 'chipdeploy doctor' for what is missing"
+        )
     return session
 
 
-def _check_installed() -> None:
-    """Refuse the two distributions of ONNX Runtime side by side: they unpack into the same folder."""
+def check_installed() -> None:
+    """Refuse the two distributions of ONNX Runtime side by side: they unpack into the same folder.
+
+    Raises:
+        MissingError: both are there.
+    """
     if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
         raise MissingError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from chipdeploy.engines.base import Engine, Images, open_engine
 from chipdeploy.errors import InputError, UsageError, VerificationError
 
+# Largest difference of a logit over the largest logit, by precision: rounding stays well below it, a fault far above.
+TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 0.3, "fp8": 0.3}
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -49,17 +52,36 @@ def verify_onnx(
     tolerance: float = 1e-4,
     threads: int = 1,
 ) -> Verification:
-    """Run `model` (eval, fp32, a copy on the CPU) and the ONNX file at `path` on the same images and compare logits.
+    """Run `model` and the ONNX file at `path` in ONNX Runtime on the same images; see `verify_engine`.
 
     Args:
-        images: [N, C, H, W]. The last batch of each size is filled up from the first images.
-        batches: batch sizes to run the file at.
-        tolerance: largest difference of a logit, over the largest logit of the network.
         threads: of ONNX Runtime.
+    """
+    return verify_engine(
+        model, open_engine("ort-cpu", path, threads=threads), path.name, images, batches=batches, tolerance=tolerance
+    )
+
+
+def verify_engine(
+    model: nn.Module,
+    engine: Engine,
+    what: str,
+    images: Tensor,
+    *,
+    batches: Sequence[int] = (1, 8),
+    tolerance: float = TOLERANCES["fp32"],
+) -> Verification:
+    """Run `model` (eval, fp32, a copy on the CPU) and an engine on the same images and compare logits.
+
+    Args:
+        what: the engine's name in messages: its file.
+        images: [N, C, H, W]. The last batch of each size is filled up from the first images.
+        batches: batch sizes to run the engine at.
+        tolerance: largest difference of a logit, over the largest logit of the network.
 
     Raises:
         UsageError: no batch size, one below 1, or a tolerance that is not positive.
-        InputError: no images, or images that the file does not take.
+        InputError: no images, or images that the engine does not take.
         VerificationError: the logits differ by more than `tolerance`, or are not finite.
     """
     if not batches or min(batches) < 1 or not tolerance > 0:
@@ -69,7 +91,6 @@ def verify_onnx(
     if images.ndim != 4 or len(images) == 0:
         raise InputError(f"verification needs images [N, C, H, W], got {list(images.shape)}; give at least one image")
     pixels: Images = images.detach().cpu().float().numpy()
-    engine = open_engine("ort-cpu", path, threads=threads)
     outputs = [_run(engine, pixels, batch) for batch in batches]
     expected = _logits(model, images)
     result = Verification(
@@ -81,7 +102,7 @@ def verify_onnx(
     )
     if not result.max_relative_error <= tolerance:
         raise VerificationError(
-            f"{path.name} differs from its network by {result.max_relative_error:.2g} of the largest logit, "
+            f"{what} differs from its network by {result.max_relative_error:.2g} of the largest logit, "
             f"allowed {tolerance:.2g}; export the network again"
         )
     return result

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chipdeploy.errors import RunError, UsageError
+from chipdeploy.errors import NoisyError, RunError, UsageError
 
 SCHEMA = 1
 POSITION_S = 2e-3  # A position lasts at least this long, so that a timer tick is a small part of it.
@@ -31,7 +31,16 @@ RESAMPLES = 2000
 P90_SAMPLES, P99_SAMPLES = 64, 662  # MLPerf's floors: below them a percentile is noise.
 CONTROL_BIAS = 0.05
 CONTROL_SPREAD = 0.25
-PACKAGES = ("chipdeploy", "torch", "onnxruntime", "onnxruntime-gpu", "numpy")
+MAX_DROPPED = 2  # times as many throttled blocks as wanted ones: after that the device will not calm down
+PACKAGES = (
+    "chipdeploy",
+    "torch",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "numpy",
+)
 
 Times = tuple[tuple[float, ...], ...]
 Interval = tuple[float, float]
@@ -199,6 +208,8 @@ def compare(
     on_block: Callable[[int, int], None] | None = None,
     control: Callable[[], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    timed: bool = False,
+    throttled: Callable[[], bool] | None = None,
 ) -> Comparison:
     """Time one inference of `pruned` against one of `dense`, and `dense` against itself.
 
@@ -215,33 +226,38 @@ def compare(
         control: the dense network loaded a second time, so that the control also finds what the place of a network in
             memory does; by default `dense` itself.
         clock: seconds, from any start.
+        timed: the networks return the seconds that they took by their device's own clock, and `clock` is not asked.
+        throttled: asked after every block whether the device slowed itself down in it; such blocks are dropped, counted
+            in the environment, and measured again.
 
     Raises:
         UsageError: `batch` or `min_blocks` below 1, or `seconds` that are not positive.
+        NoisyError: most blocks were throttled.
     """
     if batch < 1 or min_blocks < 1 or not 0 < seconds < math.inf:
         raise UsageError(
             f"batch, min_blocks and seconds must be positive, got {batch}, {min_blocks} and {seconds}; try 1, 30 and 5"
         )
     before = environment()
-    dense_s, pruned_s = _warm_up(dense, clock), _warm_up(pruned, clock)
+    once = _own_seconds if timed else partial(_wall_seconds, clock)
+    dense_s, pruned_s = _warm_up(dense, once), _warm_up(pruned, once)
     if control:
-        _warm_up(control, clock)
+        _warm_up(control, once)
     settle = min(dense_s, pruned_s) < SETTLE_BELOW_S
     dense_runs, pruned_runs = _runs(dense_s), _runs(pruned_s)
     positions = {
-        "dense": partial(_position, dense, dense_runs, clock, settle),
-        "pruned": partial(_position, pruned, pruned_runs, clock, settle),
-        "control": partial(_position, control or dense, dense_runs, clock, settle),
+        "dense": partial(_position, dense, dense_runs, once, settle),
+        "pruned": partial(_position, pruned, pruned_runs, once, settle),
+        "control": partial(_position, control or dense, dense_runs, once, settle),
     }
     block_s = 4 * (dense_runs + settle) * dense_s + 2 * (pruned_runs + settle) * pruned_s
-    times = _run_blocks(positions, _block_count(block_s, min_blocks, seconds), on_block)
+    times, dropped = _run_blocks(positions, _block_count(block_s, min_blocks, seconds), on_block, throttled)
     return Comparison(
         batch=batch,
         dense_s=tuple(times["dense"]),
         pruned_s=tuple(times["pruned"]),
         control_s=tuple(times["control"]),
-        environment={**before, "load_after": _load()},
+        environment={**before, "load_after": _load(), "throttled_blocks": dropped},
         seed=seed,
     )
 
@@ -293,38 +309,55 @@ def _run_blocks(
     positions: Mapping[str, Callable[[], tuple[float, ...]]],
     blocks: int,
     on_block: Callable[[int, int], None] | None,
-) -> dict[str, list[tuple[float, ...]]]:
-    """Seconds of every timed inference, by network and block."""
+    throttled: Callable[[], bool] | None,
+) -> tuple[dict[str, list[tuple[float, ...]]], int]:
+    """Seconds of every timed inference, by network and block, and how many blocks were dropped."""
     times: dict[str, list[tuple[float, ...]]] = {name: [] for name in positions}
-    for done in range(1, blocks + 1):
-        half = ("dense", "pruned", "control") if done % 2 else ("control", "pruned", "dense")
+    done = dropped = 0
+    while done < blocks:
+        half = ("control", "pruned", "dense") if done % 2 else ("dense", "pruned", "control")
         with _no_garbage_collection():
             there = {name: positions[name]() for name in half}
             back = {name: positions[name]() for name in reversed(half)}
+        if throttled and throttled():
+            dropped += 1
+            if dropped > MAX_DROPPED * blocks:
+                raise NoisyError(f"the device slowed itself down in {dropped} blocks; cool it, or lift its power limit")
+            continue
         for name in half:
             times[name].append(there[name] + back[name])
+        done += 1
         if on_block:
             on_block(done, blocks)
-    return times
+    return times, dropped
 
 
-def _position(run: Callable[[], object], runs: int, clock: Callable[[], float], settle: bool) -> tuple[float, ...]:
+def _wall_seconds(clock: Callable[[], float], run: Callable[[], object]) -> float:
+    before = clock()
+    run()
+    return clock() - before
+
+
+def _own_seconds(run: Callable[[], object]) -> float:
+    seconds = run()
+    assert isinstance(seconds, float)
+    return seconds
+
+
+def _position(
+    run: Callable[[], object], runs: int, once: Callable[[Callable[[], object]], float], settle: bool
+) -> tuple[float, ...]:
     """Seconds of each of `runs` inferences, to the nanosecond, after an untimed one if the caches are to settle."""
     if settle:
         run()
-    times = []
-    for _ in range(runs):
-        before = clock()
-        run()
-        times.append(round(clock() - before, 9))
-    return tuple(times)
+    return tuple(round(once(run), 9) for _ in range(runs))
 
 
-def _warm_up(run: Callable[[], object], clock: Callable[[], float]) -> float:
+def _warm_up(run: Callable[[], object], once: Callable[[Callable[[], object]], float]) -> float:
     """Run until caches and clocks have settled; returns the median seconds of an inference."""
     times: list[float] = []
     while len(times) < 3 or (sum(times) < WARM_UP_S and len(times) < 1000):
-        times.extend(_position(run, 1, clock, settle=False))
+        times.append(once(run))
     return float(np.median(times))
 
 

@@ -5,10 +5,11 @@ from importlib import metadata
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from chipdeploy.engines import ort
-from chipdeploy.engines.base import engine, engine_names, open_engine
+from chipdeploy.engines.base import engine, open_engine
 from chipdeploy.errors import ExportError, InputError, MissingError, UsageError
 
 
@@ -102,15 +103,32 @@ def test_refuses_bad_options(conv_file):
         open_engine("ort-cpu", conv_file, streams=2)
 
 
-def test_an_unknown_target_names_the_known_ones(conv_file):
-    assert "ort-cpu" in engine_names()
-    with pytest.raises(UsageError, match=r"unknown target 'ort-cqu'; known: .*ort-cpu"):
-        open_engine("ort-cqu", conv_file)
-
-
-def test_a_name_is_registered_once():
+def test_a_runtime_is_registered_once():
     with pytest.raises(ValueError, match="registered twice"):
-        engine("ort-cpu")(ort.open_ort_cpu)
+        engine("ort")(ort.open_ort)
+
+
+def test_runs_files_and_nothing_else():
+    with pytest.raises(UsageError, match="ort-cpu runs an ONNX file, got a Flatten; export it first"):
+        open_engine("ort-cpu", torch.nn.Flatten())
+
+
+def test_has_no_stopwatch_where_host_and_device_are_one(conv_file):
+    assert open_engine("ort-cpu", conv_file).stopwatch(np.ones((1, 2, 4, 4), np.float32)) is None
+
+
+def test_cuda_is_never_replaced_by_the_cpu(conv_file):
+    with pytest.raises(MissingError, match=r"no CUDAExecutionProvider; run: .*chipdeploy.gpu"):
+        open_engine("ort-cuda", conv_file)
+
+
+def test_layer_times_come_from_the_runtime(conv_file):
+    times = open_engine("ort-cpu", conv_file).layer_times(np.ones((4, 2, 4, 4), np.float32), runs=5)
+    # ONNX Runtime may put changes of layout between them, which cost time and are told, too.
+    assert {"Conv", "GlobalAveragePool", "Flatten"} <= {layer.kind for layer in times}
+    assert all(layer.ms >= 0 for layer in times)
+    assert sum(layer.ms for layer in times) > 0
+    assert list(conv_file.parent.iterdir()) == [conv_file]
 
 
 def test_a_missing_package_names_the_pip_line(conv_file, monkeypatch):

@@ -1,72 +1,307 @@
-"""From a finished run to files and figures: ONNX, verified; dense against pruned, measured; a report."""
+"""From a finished run to files: networks in every precision, verified; engines, built; a report."""
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from chipdeploy.bench import BENCH, EXPORT, NETWORKS
 from chipdeploy.config import PruneConfig
-from chipdeploy.engines.base import open_engine
-from chipdeploy.errors import RunError
-from chipdeploy.export.onnx import check_digest, export_onnx
-from chipdeploy.export.verify import verify_onnx
-from chipdeploy.latency.measure import compare
+from chipdeploy.engines.base import Engine, Images, open_engine
+from chipdeploy.engines.build import BuildOptions, Progress, build_engine
+from chipdeploy.engines.target import TENSORRT, Target
+from chipdeploy.errors import InputError, RunError, UsageError, VerificationError
+from chipdeploy.export.bundle import write_bundle
+from chipdeploy.export.choose import choose
+from chipdeploy.export.divergence import first_divergence
+from chipdeploy.export.onnx import export_onnx
+from chipdeploy.export.precision import PRECISIONS, PrecisionOptions, convert
+from chipdeploy.export.verify import TOLERANCES, verify_engine
 from chipdeploy.pipeline import DATA, PLAN, RESULT, load, prepare
 from chipdeploy.report.page import write_report
 from chipdeploy.run import CONFIG, Run, make_folder, read_json
+from chipdeploy.training.data import ImageData, load_data
 
-NETWORKS = ("dense", "pruned")
-EXPORT, BENCH = "export.json", "bench.json"
+if TYPE_CHECKING:
+    from torch import Tensor
+
 VERIFY_IMAGES = 64
-TARGET = "ort-cpu"
+CALIBRATION_IMAGES = 512
+ACCURACY_IMAGES = 5000  # of the validation images: beyond them the estimate moves by less than a point anyway
+ACCURACY_BATCH = 50
+MAX_DROP = 0.5  # points of accuracy that the fastest precision may lose against fp32
+CANDIDATES = ("fp32", "fp16", "int8")  # of `best`
 
 
-def export_run(run: Run, *, max_batch: int = 64) -> dict[str, Any]:
-    """Write dense.onnx and pruned.onnx and check both against PyTorch on real images at batch 1 and 8.
+@dataclass(frozen=True)
+class ExportOptions:
+    """What an export writes.
+
+    Args:
+        max_batch: largest batch that the ONNX files are made for.
+        precisions: of the networks; fp32 is always among them, the others are made from it.
+        best: make `CANDIDATES`, time them, and name the fastest that loses at most `max_drop` points.
+        runtimes: `trt`, `rtx`: an engine of every network in every precision.
+        build: of the engines.
+        calibration: data whose training images int8 is calibrated with, as in --data; None takes the run's own.
+        precision: of the conversions.
+
+    Raises:
+        UsageError: an unknown precision or runtime, or engines for larger batches than the networks.
+    """
+
+    max_batch: int = 64
+    precisions: tuple[str, ...] = ("fp32",)
+    best: bool = False
+    max_drop: float = MAX_DROP
+    runtimes: tuple[str, ...] = ()
+    build: BuildOptions = field(default_factory=BuildOptions)
+    calibration: str | None = None
+    precision: PrecisionOptions = field(default_factory=PrecisionOptions)
+
+    def __post_init__(self) -> None:
+        for what, values, known in (
+            ("precision", self.precisions, PRECISIONS),
+            ("runtime", self.runtimes, TENSORRT),
+        ):
+            if unknown := [value for value in values if value not in known]:
+                raise UsageError(f"unknown {what} {unknown[0]!r}; use {', '.join(known)}")
+        if self.runtimes and self.build.batches[-1] > self.max_batch:
+            raise UsageError(
+                f"engines for batches up to {self.build.batches[-1]} need networks for as many, "
+                f"got {self.max_batch}; raise --max-batch or lower --batch"
+            )
+        if not 0 <= self.max_drop <= 100:
+            raise UsageError(f"the drop is a number of points from 0 to 100, got {self.max_drop}")
+
+    @property
+    def all_precisions(self) -> tuple[str, ...]:
+        """fp32 first, each once."""
+        return tuple(dict.fromkeys(("fp32", *self.precisions, *(CANDIDATES if self.best else ()))))
+
+    @property
+    def all_runtimes(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.runtimes))
+
+
+@dataclass(frozen=True)
+class Notes:
+    """Whom an export tells what it does: a step begins, an engine is so far."""
+
+    step: Callable[[str], None] = lambda _: None
+    build: Progress | None = None
+
+
+def export_run(run: Run, options: ExportOptions | None = None, notes: Notes | None = None) -> dict[str, Any]:
+    """Write dense and pruned network in all precisions, check each against PyTorch on real images, build the engines.
 
     Raises:
         RunError: the run is not finished, or a file of it was changed.
-        ExportError: the network cannot be exported.
-        VerificationError: a file disagrees with its network.
+        ExportError: a network cannot be exported, converted or built.
+        MissingError: a package or a device that a precision or a runtime needs is not here.
+        VerificationError: a file disagrees with its network. Nothing is left behind in any case, and an older export
+            stays as it was.
     """
+    options, notes = options or ExportOptions(), notes or Notes()
     described = read_json(run.check(DATA))
-    images = _real_images(run, described["digest"])
-    facts: dict[str, Any] = {"schema": 1, "verification": {}}
-    # Made and checked aside: a file of a final name was verified, and a failure leaves an older export as it was.
-    aside = run.file(".export")
-    make_folder(aside)
-    try:
-        for name in NETWORKS:
-            model = load(run.path, dense=name == "dense")
-            path = aside / f"{name}.onnx"
-            file = export_onnx(model, images[:2], path, max_batch=max_batch, metadata=_metadata(run, described, name))
-            facts[name] = file.to_dict()
-            facts["verification"][name] = verify_onnx(model, path, images).to_dict()
-        for path in aside.iterdir():
-            path.replace(run.file(path.name))
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    data = _data(run, described["digest"])
+    job = _Export(run, options, notes, described, data)
+    with _aside(run) as folder:
+        facts = job.write(folder)
     run.file(BENCH).unlink(missing_ok=True)  # it timed files that are gone
     run.write(EXPORT, facts)
     run.seal([EXPORT])
     return facts
 
 
-def _real_images(run: Run, digest: str) -> torch.Tensor:
-    """Validation images of the run's own data, [64, C, H, W]. The test images are not needed here."""
+@contextmanager
+def _aside(run: Run) -> Iterator[Path]:
+    """Files are made and checked aside: one of a final name was verified, and a failure leaves an older export."""
+    folder = run.file(".export")
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    make_folder(folder)
+    try:
+        yield folder
+        for path in folder.iterdir():
+            path.replace(run.file(path.name))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Export:
+    """One export: its parts share the run, the images and the networks."""
+
+    def __init__(
+        self, run: Run, options: ExportOptions, notes: Notes, described: dict[str, Any], data: ImageData
+    ) -> None:
+        self._run, self._options, self._notes, self._described, self._data = run, options, notes, described, data
+        self._images, _ = next(data.val.batches(VERIFY_IMAGES))
+        self._models = {name: load(run.path, dense=name == "dense") for name in NETWORKS}
+        lossy = [precision for precision in options.all_precisions if precision != "fp32"]
+        self._calibration = _calibration(options.calibration, data) if lossy else None
+        self._accurate = bool(lossy)
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write everything into `folder`; returns what export.json holds."""
+        facts: dict[str, Any] = {
+            "schema": 1,
+            "max_batch": self._options.max_batch,
+            "asked": (*self._options.precisions, "fp32")[0],
+            "precisions": {},
+            "engines": {},
+        }
+        for precision in self._options.all_precisions:
+            entry = self._networks(folder, precision)
+            if precision == "fp32":
+                facts |= entry
+            else:
+                facts["precisions"][precision] = entry
+        for runtime in self._options.all_runtimes:
+            for precision in self._options.all_precisions:
+                target = Target.parse(f"{runtime}-{precision}")
+                facts["engines"][target.name] = self._engines(folder, target)
+        if self._options.best:
+            self._notes.step("timing the precisions")
+            facts["best"] = self._choose(folder, facts)
+        return facts
+
+    def _networks(self, folder: Path, precision: str) -> dict[str, Any]:
+        """Both networks in one precision: what was written, how well it agrees, how well it classifies."""
+        entry: dict[str, Any] = {"verification": {}}
+        for name in NETWORKS:
+            self._notes.step(f"{name} network in {precision}")
+            path = folder / onnx_name(name, precision)
+            if precision == "fp32":
+                entry[name] = self._exported(name, path).to_dict()
+            else:
+                assert self._calibration is not None
+                made = convert(
+                    folder / onnx_name(name), path, precision, self._calibration, options=self._options.precision
+                )
+                entry[name] = made.to_dict()
+            engine = open_engine(Target("ort", "cpu", precision), path)
+            entry["verification"][name] = self._verified(folder, name, precision, path, engine)
+            if self._accurate:
+                entry[name]["accuracy"] = accuracy(engine, self._data, ACCURACY_IMAGES)
+        return entry
+
+    def _exported(self, name: str, path: Path) -> Any:
+        metadata = _metadata(self._run, self._described, name)
+        return export_onnx(
+            self._models[name], self._images[:2], path, max_batch=self._options.max_batch, metadata=metadata
+        )
+
+    def _verified(self, folder: Path, name: str, precision: str, path: Path, engine: Engine) -> dict[str, Any]:
+        """Agreement with PyTorch; where there is none, the first layer that differs is named."""
+        try:
+            checked = verify_engine(
+                self._models[name], engine, path.name, self._images, tolerance=TOLERANCES[precision]
+            )
+        except VerificationError as error:
+            reference = folder / onnx_name(name)
+            if precision == "fp32":
+                raise
+            images: Images = self._images[:8].numpy()
+            where = first_divergence(reference, path, images, TOLERANCES[precision])
+            raise VerificationError(f"{error}; {where}") from error
+        return checked.to_dict()
+
+    def _engines(self, folder: Path, target: Target) -> dict[str, Any]:
+        """Both networks as engines of one target; run and verified where a GPU is here."""
+        entry: dict[str, Any] = {}
+        for name in NETWORKS:
+            self._notes.step(f"{name} engine for {target.name}")
+            path = folder / f"{name}-{target.name}.engine"
+            manifest = build_engine(
+                folder / onnx_name(name, target.precision),
+                path,
+                target,
+                self._options.build,
+                on_progress=self._notes.build,
+            )
+            entry[name] = {"file": path.name, **manifest.to_dict()}
+            if torch.cuda.is_available() and not self._options.build.gpus:
+                checked = verify_engine(
+                    self._models[name],
+                    open_engine(target, path),
+                    path.name,
+                    self._images,
+                    batches=sorted(set(self._options.build.batches)),
+                    tolerance=max(TOLERANCES[target.precision], 1e-3),
+                )
+                entry[name]["verification"] = checked.to_dict()
+        return entry
+
+    def _choose(self, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+        runtime = next((r for r in self._options.all_runtimes if torch.cuda.is_available()), "ort")
+        files = {}
+        for precision in CANDIDATES:
+            target = Target.parse(f"{runtime}-{precision}")
+            name = f"pruned-{target.name}.engine" if target.builds else onnx_name("pruned", precision)
+            files[target] = folder / name
+        accuracies = {"fp32": facts["pruned"]["accuracy"]["top1"]}
+        accuracies |= {p: entry["pruned"]["accuracy"]["top1"] for p, entry in facts["precisions"].items()}
+        shape = tuple(self._described["shape"])
+        return choose(files, accuracies, shape, max_drop=self._options.max_drop)
+
+
+def onnx_name(network: str, precision: str = "fp32") -> str:
+    """`pruned.onnx`, `pruned-int8.onnx`."""
+    return f"{network}.onnx" if precision == "fp32" else f"{network}-{precision}.onnx"
+
+
+def accuracy(engine: Engine, data: ImageData, limit: int) -> dict[str, Any]:
+    """Top-1 of an engine on the first validation images, at most `limit` of them."""
+    right = seen = 0
+    for images, labels in data.val.batches(ACCURACY_BATCH):
+        pixels: Images = images.numpy()
+        right += int((engine.run(np.ascontiguousarray(pixels)).argmax(1) == labels.numpy()).sum())
+        seen += len(labels)
+        if seen >= limit:
+            break
+    return {"top1": right / seen, "images": seen, "split": "validation"}
+
+
+def _data(run: Run, digest: str) -> ImageData:
+    """The run's own data. The test images are not touched here."""
     # Where the images come from matters here, not what the run trained on: a GPU run may be exported on a CPU machine.
     data = prepare(PruneConfig(**read_json(run.check(CONFIG)) | {"device": "cpu"})).data
     if data.digest != digest:
         raise RunError(f"the data of {run.path} changed since it was made; put them back, or make the run again")
-    images, _ = next(data.val.batches(VERIFY_IMAGES))
+    return data
+
+
+def _calibration(spec: str | None, data: ImageData) -> Images:
+    """Training images as the network sees them, float32 [N, C, H, W]: never validation or test images.
+
+    Raises:
+        DataError: the data cannot be had. InputError: they are of another shape.
+    """
+    source = data
+    if spec is not None:
+        try:
+            source = load_data(spec, mean=data.mean, std=data.std, image_size=data.image_size)
+        except UsageError as error:  # the network's own normalisation has another number of channels
+            raise InputError(f"the calibration data {spec} do not fit the network: {error}") from error
+        if source.shape != data.shape:
+            raise InputError(f"calibration images are {list(source.shape)}, the network takes {list(data.shape)}")
+    batches = source.train.batches(ACCURACY_BATCH, seed=0)
+    parts = [images for images, _ in _first(batches, math.ceil(CALIBRATION_IMAGES / ACCURACY_BATCH))]
+    images: Images = torch.cat(parts)[:CALIBRATION_IMAGES].contiguous().numpy()
     return images
+
+
+def _first(batches: Iterator[tuple[Tensor, Tensor]], count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for _, batch in zip(range(count), batches, strict=False):
+        yield batch
 
 
 def _metadata(run: Run, data: dict[str, Any], name: str) -> dict[str, str]:
@@ -82,43 +317,35 @@ def _metadata(run: Run, data: dict[str, Any], name: str) -> dict[str, str]:
     }
 
 
-def bench_run(
-    run: Run,
-    *,
-    batches: Sequence[int] = (1, 32),
-    threads: int = 1,
-    seconds: float = 5.0,
-    on_block: Callable[[int, int], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Time dense.onnx against pruned.onnx at every batch size; the raw times are kept in bench.json.
+def bundle_run(run: Run, folder: Path, *, preprocess: bool = False, top_k: int | None = None) -> dict[str, Any]:
+    """Pack the pruned network of an exported run, in its best or else its first precision, with its engines.
+
+    Returns the bundle's manifest.
 
     Raises:
-        RunError, ExportError: nothing was exported, or a file was edited since.
+        RunError: nothing was exported yet. ExportError: a file was edited since, or the folder cannot be used.
+        UsageError: `top_k` without `preprocess`, or out of range.
     """
-    exported = read_json(run.check(EXPORT)) if run.file(EXPORT).is_file() else None
-    if exported is None:
-        raise RunError(f"{run.path} has no ONNX files yet; run 'chipdeploy export --run {run.path}' first")
-    for name in NETWORKS:
-        check_digest(run.file(f"{name}.onnx"), exported[name]["sha256"])
-    shape = read_json(run.check(DATA))["shape"]
-    # The control is a second session of the dense file: where a session lies in memory moves its time a little too.
-    files = [run.file(f"{name}.onnx") for name in (*NETWORKS, "dense")]
-    dense, pruned, control = (open_engine(TARGET, file, threads=threads) for file in files)
-    results = []
-    for batch in batches:
-        images = np.random.default_rng(0).standard_normal((batch, *shape), dtype=np.float32)
-        comparison = compare(
-            partial(dense.run, images),
-            partial(pruned.run, images),
-            control=partial(control.run, images),
-            batch=batch,
-            seconds=seconds,
-            on_block=on_block,
-        )
-        facts = {**comparison.environment, "engine": dense.describe()}
-        results.append(replace(comparison, environment=facts).to_dict())
-    run.write(BENCH, results)
-    return results
+    exported = read_json(run.check(EXPORT))
+    precision = exported["best"]["precision"] if "best" in exported else exported["asked"]
+    facts = exported if precision == "fp32" else exported["precisions"][precision]
+    engines = [run.file(entry["pruned"]["file"]) for entry in exported["engines"].values()]
+    return write_bundle(
+        folder,
+        run.file(facts["pruned"]["file"]),
+        read_json(run.check(DATA)),
+        engines=engines,
+        preprocess=preprocess,
+        top_k=top_k,
+        max_batch=exported["max_batch"],
+        sha256=facts["pruned"]["sha256"],
+        facts={"precision": precision, "model": Path(run.config["model"]).name, **_metadata_facts(run)},
+    )
+
+
+def _metadata_facts(run: Run) -> dict[str, Any]:
+    result = read_json(run.check(RESULT))
+    return {"budget": result["budget"], "accuracy": result["accuracy"], "plan_sha256": result["plan_digest"]}
 
 
 def report_run(run: Run) -> Path:

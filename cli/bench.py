@@ -3,38 +3,59 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options
-from .output import console, print_json
+from .output import console, note, print_json
+from .progress import steps
+
+if TYPE_CHECKING:
+    from chipdeploy.latency.measure import Comparison
 
 
 def bench(
     run: options.RunDir = None,
+    on: Annotated[
+        str, typer.Option("--on", help="Targets, with commas between, e.g. ort-cpu,torch-cuda-fp16,trt-fp16.")
+    ] = "ort-cpu",
     batch: Annotated[str, typer.Option("--batch", help="Batch sizes, with commas between.")] = "1,32",
-    threads: Annotated[int, typer.Option("--threads", help="Threads of the runtime.")] = 1,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of a runtime on the CPU.")] = 1,
     seconds: Annotated[float, typer.Option("--seconds", help="About how long to measure each batch size.")] = 5.0,
+    trtexec: Annotated[
+        str | None, typer.Option("--trtexec", help="Files of trtexec --exportTimes to show beside, commas between.")
+    ] = None,
     runs: options.Runs = Path("runs"),
     json: options.Json = False,
 ) -> None:
-    """Time the exported networks against each other in ONNX Runtime on this machine."""
-    from chipdeploy.deploy import bench_run
+    """Time the exported networks against each other on this machine, on one or more targets."""
+    from chipdeploy.bench import BENCH, bench_run
     from chipdeploy.errors import NoisyError
+    from chipdeploy.latency.trtexec import read_trtexec
     from chipdeploy.run import Run
 
+    foreign = [read_trtexec(Path(name.strip())).to_dict() for name in trtexec.split(",")] if trtexec else []
     directory = Run.open(run) if run else Run.latest(runs)
-    with directory.locked():
-        results = bench_run(directory, batches=batch_sizes(batch), threads=threads, seconds=seconds)
+    with directory.locked(), steps() as (_, progress):
+        results = bench_run(
+            directory,
+            targets=[part.strip() for part in on.split(",")],
+            batches=batch_sizes(batch),
+            threads=threads,
+            seconds=seconds,
+            on_block=progress,
+        )
     noisy = [item for item in results if comparison(item).noisy]
     if json and not noisy:
-        print_json({"run": str(directory.path), "comparisons": results})
+        print_json({"run": str(directory.path), "comparisons": results, "trtexec": foreign})
     elif not json:
         print_bench(results)
+        for item in foreign:
+            print_trtexec(item)
     if noisy:
         raise NoisyError(
-            f"too noisy to say: {comparison(noisy[0]).noise}; the times are in {directory.path / 'bench.json'}, "
+            f"too noisy to say: {comparison(noisy[0]).noise}; the times are in {directory.file(BENCH)}, "
             "bench again on a quieter machine or with more --seconds"
         )
     if not json:
@@ -54,7 +75,7 @@ def batch_sizes(text: str) -> list[int]:
     return sizes
 
 
-def comparison(item: dict[str, Any]) -> Any:
+def comparison(item: dict[str, Any]) -> Comparison:
     """The statistics of one stored comparison, computed from its raw times."""
     from chipdeploy.latency.measure import Comparison
 
@@ -62,7 +83,7 @@ def comparison(item: dict[str, Any]) -> Any:
 
 
 def print_bench(results: list[dict[str, Any]]) -> None:
-    """A headline a batch size, and what the control says."""
+    """A headline a target and batch size; percentiles, throughput, energy; and what the control says."""
     from chipdeploy.latency.measure import headline
 
     screen = console()
@@ -74,3 +95,19 @@ def print_bench(results: list[dict[str, Any]]) -> None:
             f"  dense {measured.dense_ms:.3f} ms, pruned {measured.pruned_ms:.3f} ms; "
             f"dense against itself {measured.control_ratio:.3f} (95 % {low:.3f}-{high:.3f})"
         )
+        for name, ms in (("dense", measured.dense_ms), ("pruned", measured.pruned_ms)):
+            tails = ", ".join(f"{p} {value:.3f}" for p, value in measured.percentiles_ms(name).items())
+            joules = measured.environment.get("joules", {}).get(name)
+            energy = "" if joules is None else f", {joules / measured.batch * 1e3:.3g} mJ an image"
+            screen.print(f"  {name}: {tails} ms, {measured.batch / ms * 1e3:,.0f} images/s{energy}")
+        if dropped := measured.environment.get("throttled_blocks"):
+            note(f"note: {dropped} blocks in which the GPU slowed itself down were measured again")
+
+
+def print_trtexec(item: dict[str, Any]) -> None:
+    """One line of what trtexec timed."""
+    compute, latency = item["compute_ms"], item["latency_ms"]
+    console().print(
+        f"trtexec, {item['file']}: on the device p50 {compute['p50']:.3f}, p90 {compute['p90']:.3f}, "
+        f"p99 {compute['p99']:.3f} ms; with copies p50 {latency['p50']:.3f} ms; {item['inferences']} inferences"
+    )

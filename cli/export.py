@@ -1,43 +1,195 @@
-"""`chipdeploy export`: ONNX files of the dense and the pruned network, checked."""
+"""`chipdeploy export`: ONNX files of the dense and the pruned network, checked; engines, built; a bundle, packed."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options
-from .output import console, print_json
+from .output import console, note, print_json
+from .progress import steps
+
+if TYPE_CHECKING:
+    from chipdeploy.deploy import ExportOptions
 
 
 def export(
     run: options.RunDir = None,
-    max_batch: Annotated[int, typer.Option("--max-batch", help="Largest batch that the files are made for.")] = 64,
+    precision: Annotated[
+        str,
+        typer.Option(
+            "--precision",
+            help="fp32, fp16, int8, bf16, fp8, with commas between; best: make fp32, fp16 and int8 and time them.",
+        ),
+    ] = "fp32",
+    max_drop: Annotated[
+        float | None, typer.Option("--max-drop", help="Points of accuracy that the best precision may lose. [0.5]")
+    ] = None,
+    trt: Annotated[bool, typer.Option("--trt", help="Build TensorRT engines, on this GPU and for it.")] = False,
+    rtx: Annotated[bool, typer.Option("--rtx", help="Build TensorRT-RTX engines, with --gpu ahead of time.")] = False,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Compute capabilities for --rtx, e.g. sm86,sm89; needs no GPU here.")
+    ] = None,
+    batch: Annotated[
+        str, typer.Option("--batch", help="Smallest:usual:largest batch of the engines.", metavar="MIN:OPT:MAX")
+    ] = "1:8:32",
+    level: Annotated[int | None, typer.Option("--level", help="Effort of the build, 0 to 5.")] = None,
+    workspace_mb: Annotated[int | None, typer.Option("--workspace-mb", help="Scratch memory of the engines.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option("--calibration", help="Data to calibrate int8 with, as in --data. Default: the run's own."),
+    ] = None,
+    method: Annotated[str | None, typer.Option("--calibration-method", help="minmax, entropy or percentile.")] = None,
+    max_batch: Annotated[int, typer.Option("--max-batch", help="Largest batch that the ONNX files are made for.")] = 64,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="Folder to hand over: network, engines, labels, infer.py, Triton.")
+    ] = None,
+    with_preprocess: Annotated[
+        bool, typer.Option("--with-preprocess", help="The bundle's network takes uint8 images [N, H, W, C].")
+    ] = False,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", help="The bundle's network gives the K best classes; with --with-preprocess."),
+    ] = None,
     runs: options.Runs = Path("runs"),
     json: options.Json = False,
 ) -> None:
-    """Export the dense and the pruned network of a run to ONNX and verify them on real images."""
-    from chipdeploy.deploy import export_run
+    """Export both networks of a run to ONNX, verify them on real images, and build engines where that is asked for."""
+    from chipdeploy.deploy import Notes, bundle_run, export_run
     from chipdeploy.run import Run
 
+    wanted = _wanted(
+        precision=precision,
+        max_drop=max_drop,
+        runtimes=[name for name, asked in (("trt", trt), ("rtx", rtx)) if asked],
+        build={"batches": batch, "gpus": gpu, "level": level, "workspace_mb": workspace_mb},
+        calibration=calibration,
+        method=method,
+        max_batch=max_batch,
+    )
+    if (with_preprocess or top_k) and bundle is None:
+        _refuse("--with-preprocess and --top-k say what a bundle holds; add --bundle DIR")
     directory = Run.open(run) if run else Run.latest(runs)
-    with directory.locked():
-        facts = export_run(directory, max_batch=max_batch)
+    with directory.locked(), steps() as (step, progress):
+        facts = export_run(directory, wanted, Notes(step, progress))
+        if bundle:
+            step("packing the bundle")
+            facts["bundle"] = bundle_run(directory, bundle, preprocess=with_preprocess, top_k=top_k)
     if json:
         print_json({"run": str(directory.path), **facts})
         return
     print_export(facts, directory.path)
-    console().print(f"next: chipdeploy bench --run {directory.path}")
+    if bundle:
+        console().print(f"bundle: {bundle}; run it with python {bundle / 'infer.py'} IMAGES.npy")
+    targets = ",".join(["ort-cpu", *facts["engines"]] if not gpu else ["ort-cpu"])
+    console().print(f"next: chipdeploy bench --on {targets} --run {directory.path}")
+
+
+def _refuse(message: str) -> None:
+    from chipdeploy.errors import UsageError
+
+    raise UsageError(message)
+
+
+def _wanted(
+    *,
+    precision: str,
+    max_drop: float | None,
+    runtimes: list[str],
+    build: dict[str, Any],
+    calibration: str | None,
+    method: str | None,
+    max_batch: int,
+) -> ExportOptions:
+    """The options as the library takes them. Raises UsageError for those that do not go together."""
+    from chipdeploy.deploy import MAX_DROP, ExportOptions
+    from chipdeploy.engines.build import BuildOptions, timing_cache
+    from chipdeploy.export.precision import PrecisionOptions
+
+    best = precision == "best"
+    if max_drop is not None and not best:
+        _refuse("--max-drop says what --precision best may lose; add --precision best, or leave it out")
+    if build["gpus"] and "rtx" not in runtimes:
+        _refuse("--gpu names the GPUs that --rtx builds for; add --rtx, or leave it out")
+    return ExportOptions(
+        max_batch=max_batch,
+        precisions=() if best else tuple(part.strip() for part in precision.split(",")),
+        best=best,
+        max_drop=MAX_DROP if max_drop is None else max_drop,
+        runtimes=tuple(runtimes),
+        build=BuildOptions(
+            batches=batch_range(build["batches"]),
+            gpus=tuple(part.strip() for part in build["gpus"].split(",")) if build["gpus"] else (),
+            level=build["level"],
+            workspace_mb=build["workspace_mb"],
+            timing_cache=timing_cache() if "trt" in runtimes else None,
+        ),
+        calibration=calibration,
+        precision=PrecisionOptions() if method is None else PrecisionOptions(method=method),
+    )
+
+
+def batch_range(text: str) -> tuple[int, int, int]:
+    """`1:8:32`, or `8` for `8:8:8`. Raises UsageError where it is neither."""
+    parts = text.split(":")
+    try:
+        sizes = [int(part) for part in (parts * 3 if len(parts) == 1 else parts)]
+    except ValueError:
+        sizes = []
+    if len(sizes) != 3:
+        _refuse(f"--batch takes smallest:usual:largest, or one number, got {text!r}; e.g. --batch 1:8:32")
+    return sizes[0], sizes[1], sizes[2]
 
 
 def print_export(facts: dict[str, Any], folder: Path) -> None:
     """One line a file."""
     screen = console()
-    for name in ("dense", "pruned"):
-        checked = facts["verification"][name]
-        screen.print(
-            f"{folder / facts[name]['file']}: {facts[name]['bytes'] / 1e6:.2f} MB, {facts[name]['ops']} ops, "
-            f"equals PyTorch to {checked['max_relative_error']:.1e} (limit {checked['tolerance']:.0e}), "
-            f"top-1 agreement {checked['top1_agreement']:.1%} on {checked['images']} images"
+    for entry in (facts, *facts["precisions"].values()):
+        for name in ("dense", "pruned"):
+            screen.print(file_line(folder, entry[name], entry["verification"][name]))
+            for warning in entry[name].get("notes", ()):
+                note(f"note: {entry[name]['file']}: {warning}")
+    for engines in facts["engines"].values():
+        for name in ("dense", "pruned"):
+            engine = engines[name]
+            screen.print(
+                f"{folder / engine['file']}: {engine['bytes'] / 1e6:.2f} MB, batches {engine['batches']}, "
+                f"for {engine['gpu_name'] or ', '.join(engine['gpus'])}, built in {engine['seconds']:.1f} s"
+            )
+    if "best" in facts:
+        print_choice(facts["best"])
+
+
+def file_line(folder: Path, file: dict[str, Any], checked: dict[str, Any]) -> str:
+    """Size, ops, and how well it agrees."""
+    line = (
+        f"{folder / file['file']}: {file['bytes'] / 1e6:.2f} MB, {file['ops']} ops, "
+        f"equals PyTorch to {checked['max_relative_error']:.1e} (limit {checked['tolerance']:.0e}), "
+        f"top-1 agreement {checked['top1_agreement']:.1%} on {checked['images']} images"
+    )
+    if "accuracy" in file:
+        line += f", {file['accuracy']['top1']:.2%} of {file['accuracy']['images']} validation images right"
+    return line
+
+
+def print_choice(best: dict[str, Any]) -> None:
+    """The table of `--precision best`, and what was taken."""
+    from rich.table import Table
+
+    table = Table("precision", "accuracy", "drop", "size", "time", box=None, pad_edge=False)
+    for row in best["table"]:
+        low, high = row["ratio_interval"]
+        table.add_row(
+            row["precision"] + (" *" if row["precision"] == best["precision"] else ""),
+            f"{row['accuracy']:.2%}",
+            f"{row['drop_points']:+.2f} points" + ("" if row["holds"] else ", too much"),
+            f"{row['bytes'] / 1e6:.2f} MB",
+            f"{row['ratio']:.2f}x of fp32 (95 % {low:.2f}-{high:.2f})",
         )
+    console().print(table)
+    console().print(
+        f"best: {best['precision']} on {best['target']}, the fastest that loses at most "
+        f"{best['max_drop_points']:g} points"
+    )

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from .output import console, note
 
@@ -72,3 +80,23 @@ def watching() -> Iterator[ProgressWatcher]:
     )
     with Progress(*columns, console=screen, transient=True) as progress:
         yield ProgressWatcher(progress)
+
+
+@contextmanager
+def steps() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None]]]:
+    """Two functions for work in named steps: one begins a step, one says how far something in it is."""
+    screen = console(stderr=True)
+    if not screen.is_terminal:
+        yield note, lambda name, done, size: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[facts]}"), TimeElapsedColumn())
+    with Progress(*columns, console=screen, transient=True) as progress:
+        task = progress.add_task("", total=None, facts="")
+
+        def step(name: str) -> None:
+            progress.update(task, description=name, completed=0, total=None, facts="")
+
+        def advance(name: str, done: int, size: int) -> None:
+            progress.update(task, completed=done, total=size, facts=name)
+
+        yield step, advance

@@ -10,7 +10,8 @@ from .output import console, print_json
 
 def report(run: options.RunDir = None, runs: options.Runs = Path("runs"), json: options.Json = False) -> None:
     """Write report.md and its picture from what a run has so far."""
-    from chipdeploy.deploy import BENCH, EXPORT, report_run
+    from chipdeploy.bench import BENCH, EXPORT
+    from chipdeploy.deploy import report_run
     from chipdeploy.run import Run
 
     directory = Run.open(run) if run else Run.latest(runs)

@@ -10,9 +10,22 @@ import onnxruntime
 import pytest
 import torch
 
+from chipdeploy.bench import bench_run
 from chipdeploy.config import PruneConfig
-from chipdeploy.deploy import bench_run, export_run, report_run
-from chipdeploy.errors import ExportError, RunError, UsageError, VerificationError
+from chipdeploy.deploy import ExportOptions, Notes, bundle_run, export_run, onnx_name, report_run
+from chipdeploy.engines.build import BuildOptions
+from chipdeploy.engines.trt import EngineManifest
+from chipdeploy.errors import (
+    DataError,
+    ExportError,
+    InputError,
+    MissingError,
+    RunError,
+    UsageError,
+    VerificationError,
+)
+from chipdeploy.export.verify import TOLERANCES
+from chipdeploy.files import digest
 from chipdeploy.latency.measure import Comparison, headline
 from chipdeploy.pipeline import check_budget, load, prepare, prune, train_dense
 from chipdeploy.run import Run
@@ -82,7 +95,7 @@ def make_run(folder, factory):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     run = make_run(tmp_path_factory.mktemp("deploy"), "plain")
-    return run, export_run(run, max_batch=16)
+    return run, export_run(run, ExportOptions(max_batch=16))
 
 
 @pytest.fixture
@@ -119,7 +132,7 @@ def test_a_file_says_what_it_is_and_how_its_images_are_made(exported):
 
 
 def test_an_export_can_be_repeated(copy, exported):
-    assert export_run(copy, max_batch=16) == exported[1]
+    assert export_run(copy, ExportOptions(max_batch=16)) == exported[1]
 
 
 @pytest.mark.parametrize(("factory", "error"), [("untranslatable", ExportError), ("two_faced", VerificationError)])
@@ -134,8 +147,8 @@ def test_a_failed_export_leaves_what_was_there(tmp_path, factory, error):
 
 def test_options_out_of_range_change_nothing(copy):
     before = {path.name: path.read_bytes() for path in copy.path.iterdir()}
-    with pytest.raises(UsageError, match="max_batch"):
-        export_run(copy, max_batch=1)
+    with pytest.raises(UsageError, match="max_batch must be at least 2"):
+        export_run(copy, ExportOptions(max_batch=1))
     for wrong in ({"threads": 0}, {"seconds": 0.0}, {"batches": [0]}):
         with pytest.raises(UsageError):
             bench_run(copy, **wrong)
@@ -160,7 +173,7 @@ def test_changed_files_are_not_exported(copy, name):
 
 def test_the_bench_keeps_every_time_and_both_batches(copy):
     seen = []
-    results = bench_run(copy, batches=(1, 3), seconds=0.05, on_block=lambda done, all_: seen.append((done, all_)))
+    results = bench_run(copy, batches=(1, 3), seconds=0.05, on_block=lambda *at: seen.append(at))
     assert results == copy.read("bench.json")
     assert [item["batch"] for item in results] == [1, 3]
     for item in results:
@@ -168,7 +181,9 @@ def test_the_bench_keeps_every_time_and_both_batches(copy):
         assert len(measured.dense_s) == len(measured.pruned_s) == len(measured.control_s) >= 30
         assert min(min(block) for block in measured.pruned_s) > 0
         assert item["environment"]["engine"]["threads"] == 1
-    assert seen[0][0] == 1 and seen[-1][0] == seen[-1][1]
+    assert seen[0][:2] == ("ort-cpu, batch 1", 1)
+    assert seen[-1][0] == "ort-cpu, batch 3"
+    assert seen[-1][1] == seen[-1][2]
 
 
 def test_only_the_files_that_were_exported_are_timed(copy):
@@ -211,3 +226,116 @@ def test_changed_results_are_not_reported(copy):
     copy.file("result.json").write_text(json.dumps(result))
     with pytest.raises(RunError, match=r"result\.json was changed"):
         report_run(copy)
+
+
+RTX = ExportOptions(
+    precisions=("fp32", "fp16", "int8"), runtimes=("rtx",), build=BuildOptions(batches=(1, 2, 4), gpus=("sm86",))
+)
+
+
+@pytest.fixture(scope="module")
+def deployed(exported, tmp_path_factory):
+    """An export in three precisions with engines, in a copy of the run."""
+    run = Run(Path(shutil.copytree(exported[0].path, tmp_path_factory.mktemp("deployed") / "run")))
+    told = []
+    facts = export_run(run, RTX, Notes(step=told.append))
+    return run, facts, told
+
+
+def test_every_precision_is_written_verified_and_scored(deployed):
+    run, facts, told = deployed
+    assert list(facts["precisions"]) == ["fp16", "int8"]
+    for precision, entry in {"fp32": facts, **facts["precisions"]}.items():
+        for name in ("dense", "pruned"):
+            assert f"{name} network in {precision}" in told
+            path = run.file(entry[name]["file"])
+            assert digest(path) == entry[name]["sha256"]
+            checked = entry["verification"][name]
+            assert checked["max_relative_error"] <= checked["tolerance"] == TOLERANCES[precision]
+            assert entry[name]["accuracy"]["images"] == len(prepare(PruneConfig(**run.config)).data.val)
+    sizes = [run.file(f).stat().st_size for f in ("pruned.onnx", "pruned-fp16.onnx")]
+    assert sizes[1] < sizes[0]
+    assert not run.file(".export").exists()
+
+
+def test_every_engine_has_its_manifest(deployed):
+    run, facts, told = deployed
+    assert list(facts["engines"]) == ["rtx-fp32", "rtx-fp16", "rtx-int8"]
+    for target, entry in facts["engines"].items():
+        for name in ("dense", "pruned"):
+            assert f"{name} engine for {target}" in told
+            manifest = EngineManifest.read(run.file(entry[name]["file"]))
+            assert manifest.onnx_sha256 == digest(run.file(onnx_name(name, manifest.precision)))
+            assert manifest.gpus == ("sm86",)
+
+
+def test_every_target_that_was_exported_can_be_timed(deployed):
+    run, _, _ = deployed
+    targets = ["ort-cpu", "ort-cpu-int8", "torch-cpu"]
+    results = bench_run(run, targets=targets, batches=(2,), seconds=0.05)
+    assert [item["target"] for item in results] == targets
+    assert {Comparison.from_dict(item).where for item in results} == {f"batch 2, {target}" for target in targets}
+    page = report_run(run).read_text()
+    assert "latency, batch 2, ort-cpu-int8" in page
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("ort-cpu-bf16", r"no bf16 network; run 'chipdeploy export --precision bf16"),
+        ("trt-fp16", r"no trt-fp16 engine; run 'chipdeploy export --trt --precision fp16"),
+    ],
+)
+def test_a_target_that_was_not_exported_names_the_command(deployed, target, message):
+    with pytest.raises(RunError, match=message):
+        bench_run(deployed[0], targets=[target])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_an_engine_is_not_timed_without_a_gpu(deployed):
+    before = deployed[0].read_if("bench.json")
+    with pytest.raises(MissingError, match="rtx-fp16 runs on an NVIDIA GPU and none is here"):
+        bench_run(deployed[0], targets=["ort-cpu", "rtx-fp16"])
+    assert deployed[0].read_if("bench.json") == before
+
+
+def test_the_best_precision_is_timed_and_holds_its_accuracy(copy):
+    facts = export_run(copy, ExportOptions(best=True, max_drop=100.0))
+    best = facts["best"]
+    assert [row["precision"] for row in best["table"]] == ["fp32", "fp16", "int8"]
+    ratios = {row["precision"]: row["ratio"] for row in best["table"]}
+    certain = [row["precision"] for row in best["table"] if row["ratio_interval"][1] < 1]
+    assert best["precision"] == min(["fp32", *certain], key=ratios.get)
+
+
+def test_a_failed_conversion_leaves_the_older_export(copy):
+    before = {path.name: path.read_bytes() for path in copy.path.iterdir()}
+    with pytest.raises(DataError, match="none"):
+        export_run(copy, ExportOptions(precisions=("int8",), calibration="folder:none"))
+    with pytest.raises(InputError, match=r"the calibration data fashion-mini do not fit the network: .*one a channel"):
+        export_run(copy, ExportOptions(precisions=("int8",), calibration="fashion-mini"))
+    with pytest.raises(UsageError, match="does not build for sm90"):
+        export_run(copy, ExportOptions(runtimes=("rtx",), build=BuildOptions(gpus=("sm90",))))
+    assert {path.name: path.read_bytes() for path in copy.path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"precisions": ("fp64",)}, "unknown precision 'fp64'"),
+        ({"runtimes": ("ort",)}, "unknown runtime 'ort'"),
+        ({"runtimes": ("rtx",), "max_batch": 16}, "batches up to 32 need networks for as many, got 16"),
+        ({"max_drop": -1.0}, "from 0 to 100, got -1"),
+    ],
+)
+def test_options_that_make_no_sense(wrong, message):
+    with pytest.raises(UsageError, match=message):
+        ExportOptions(**wrong)
+
+
+def test_a_bundle_holds_the_pruned_network(deployed, tmp_path):
+    run, facts, _ = deployed
+    manifest = bundle_run(run, tmp_path / "bundle")
+    assert digest(tmp_path / "bundle" / "model.onnx") == facts["pruned"]["sha256"]
+    assert json.loads((tmp_path / "bundle" / "manifest.json").read_text()) == manifest
+    assert len(list((tmp_path / "bundle" / "engines").glob("*.engine"))) == 3

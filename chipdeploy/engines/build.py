@@ -114,6 +114,16 @@ def buildable_gpus() -> tuple[str, ...]:
     return tuple(sorted((name.lower() for name in members if name.startswith("SM")), key=lambda name: int(name[2:])))
 
 
+def timing_cache() -> Path:
+    """Where kernel timings are kept for the GPU of this machine, below the user's cache folder."""
+    import os
+    import re
+
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    device = re.sub(r"[^a-z0-9]+", "-", " ".join(_this_gpu()).lower()) or "none"
+    return base / "chipdeploy" / f"timings-{device}.bin"
+
+
 def _check_gpus(trt: Any, target: Target, gpus: tuple[str, ...]) -> None:
     if gpus and target.runtime != "rtx":
         raise UsageError(f"{target.name} builds on the GPU where it runs; leave --gpu out, or build for rtx")

@@ -1,4 +1,4 @@
-"""TensorRT-RTX compiles no fp32 matrix product for Turing (sm75): a linear layer is built there as a 1x1 convolution."""
+"""TensorRT-RTX compiles no fp32 matrix product for Turing (sm75): linear layers are built as 1x1 convolutions there."""
 
 from __future__ import annotations
 

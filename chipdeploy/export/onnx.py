@@ -31,7 +31,7 @@ from chipdeploy.files import atomic, digest
 OPSET = 20
 CAUSE_LENGTH = 200  # characters of a foreign error that are shown
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
-LOGGERS = ("torch", "torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir")
+LOGGERS = ("", "torch", "torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir")
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,21 @@ def export_onnx(
     path = Path(path)
     program = _traced(model, example, max_batch)
     proto = _converted(program)
-    with _step("clean the ONNX graph"):
+    clean_onnx(proto, metadata)
+    return save_onnx(proto, path)
+
+
+def clean_onnx(proto: Any, metadata: Mapping[str, str]) -> None:
+    """Leave in an `onnx.ModelProto` what belongs to the network, and `metadata` with our version. Works in place.
+
+    Raises:
+        ExportError: it has not one input and one output with a free batch size, or holds a path of this machine.
+    """
+    with step("clean the ONNX graph"):
         _strip(proto)
         _describe(proto, metadata)
         _check_shapes(proto)
         _check_no_paths(proto)
-    return save_onnx(proto, path)
 
 
 def save_onnx(proto: Any, path: Path) -> OnnxFile:
@@ -103,11 +112,16 @@ def save_onnx(proto: Any, path: Path) -> OnnxFile:
     """
     import onnx
 
-    with _step("check the ONNX graph"):
+    with step("check the ONNX graph"):
         content: bytes = proto.SerializeToString(deterministic=True)
         onnx.checker.check_model(content, full_check=True)
     with atomic(path, ExportError) as temporary:
         temporary.write_bytes(content)
+    return describe_onnx(proto, content, path)
+
+
+def describe_onnx(proto: Any, content: bytes, path: Path) -> OnnxFile:
+    """The record of an `onnx.ModelProto` that stands in `path` as `content`."""
     op_types = dict(sorted(Counter(node.op_type for node in proto.graph.node).items()))
     return OnnxFile(path, hashlib.sha256(content).hexdigest(), len(content), len(proto.graph.node), op_types)
 
@@ -141,7 +155,7 @@ def _traced(model: nn.Module, example: Tensor, max_batch: int) -> ExportedProgra
     """The network as an ATen graph, without the leftovers of removed branches."""
     from chipdeploy.graph.simplify import remove_dead_branches
 
-    with _step("trace the network"), _quiet():
+    with step("trace the network"), quiet():
         network = copy.deepcopy(model).cpu().float().eval()
         # A batch of 1 would be taken for a constant.
         images = example.detach().cpu().float()[:2].clone()
@@ -152,7 +166,7 @@ def _traced(model: nn.Module, example: Tensor, max_batch: int) -> ExportedProgra
 
 def _converted(program: ExportedProgram) -> Any:
     """The program as an `onnx.ModelProto`, with names that tools can rely on."""
-    with _step("convert the network to ONNX"), _quiet():
+    with step("convert the network to ONNX"), quiet():
         converted = torch.onnx.export(
             program,
             dynamo=True,
@@ -249,7 +263,7 @@ def _version() -> str:
 
 
 @contextlib.contextmanager
-def _step(what: str) -> Iterator[None]:
+def step(what: str) -> Iterator[None]:
     """Turn whatever torch, onnx or the disk raises into one line that names the step and the cause."""
     try:
         yield
@@ -269,10 +283,13 @@ def _cause(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the advice of torch's exporters off the terminal: what matters of it is raised as an error."""
+def quiet() -> Iterator[None]:
+    """Keep the advice of exporters and converters off the terminal: what matters of it is raised as an error."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
+    # Without a handler, the first message to the root logger would install one that writes to our silenced stderr.
+    handler = logging.NullHandler()
+    logging.getLogger().addHandler(handler)
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL + 1)
@@ -281,5 +298,6 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        logging.getLogger().removeHandler(handler)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -56,6 +56,8 @@ class Comparison:
             dense network once more.
         environment: what `environment` said before, and the load after.
         seed: of the bootstrap.
+        target: where both ran, e.g. `ort-cpu`; empty where nobody said.
+        on_device: times by the device's own clock, data already there; otherwise from host to host.
     """
 
     batch: int
@@ -64,6 +66,8 @@ class Comparison:
     control_s: Times
     environment: Mapping[str, Any]
     seed: int = 0
+    target: str = ""
+    on_device: bool = False
 
     def __post_init__(self) -> None:
         blocks = {len(self.dense_s), len(self.pruned_s), len(self.control_s)}
@@ -72,6 +76,12 @@ class Comparison:
         for times in (*self.dense_s, *self.pruned_s, *self.control_s):
             if not all(math.isfinite(t) and t >= 0 for t in times) or sum(times) <= 0:
                 raise RunError("a comparison holds a block without a positive time; bench again")
+
+    @property
+    def where(self) -> str:
+        """`batch 8, trt-fp16, on the device`: what a reader must know beside the numbers."""
+        parts = (f"batch {self.batch}", self.target, "on the device" if self.on_device else "")
+        return ", ".join(filter(None, parts))
 
     @cached_property
     def dense_ms(self) -> float:
@@ -151,6 +161,8 @@ class Comparison:
             "schema": SCHEMA,
             "batch": self.batch,
             "seed": self.seed,
+            "target": self.target,
+            "on_device": self.on_device,
             "statistics": self._statistics(),
             "environment": dict(self.environment),
             "dense_s": [list(times) for times in self.dense_s],
@@ -192,6 +204,8 @@ class Comparison:
                 control_s=_times(data["control_s"]),
                 environment=dict(data["environment"]),
                 seed=int(data["seed"]),
+                target=str(data.get("target", "")),
+                on_device=bool(data.get("on_device", False)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"a damaged comparison ({type(error).__name__}: {error}); bench again") from error
@@ -265,7 +279,7 @@ def compare(
 def headline(comparison: Comparison) -> str:
     """The first line of any report: how much faster, or plainly that it is not."""
     ratio, low, high = ratio_texts(comparison)
-    range_ = f"95 % {low}-{high}, batch {comparison.batch}"
+    range_ = f"95 % {low}-{high}, {comparison.where}"
     if comparison.faster:
         line = f"pruned is {1 / comparison.ratio:.2f}x faster ({ratio} of the dense time, {range_})"
     else:

@@ -104,7 +104,7 @@ def _accuracy_row(accuracy: Artifact) -> Row:
 def _latency_row(comparison: Comparison) -> Row:
     ratio, low, high = ratio_texts(comparison)
     return Row(
-        f"latency, batch {comparison.batch}",
+        f"latency, {comparison.where}",
         f"{_three_digits(comparison.dense_ms)} ms",
         f"{_three_digits(comparison.pruned_ms)} ms",
         f"{ratio}x (95 % {low}-{high})",

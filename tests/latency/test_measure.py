@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from chipdeploy.errors import RunError, UsageError
+from chipdeploy.errors import NoisyError, RunError, UsageError
 from chipdeploy.latency.measure import Comparison, bootstrap_interval, compare, environment, headline
 
 
@@ -280,3 +281,43 @@ def test_measures_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_device_clock_is_taken_at_its_word():
+    def forbidden():
+        raise AssertionError("the host's clock was asked")
+
+    measured = compare(
+        lambda: 4e-3,
+        lambda: 1e-3,
+        control=lambda: 4e-3,
+        batch=1,
+        min_blocks=4,
+        seconds=0.01,
+        clock=forbidden,
+        timed=True,
+    )
+    assert measured.dense_ms == 4.0
+    assert measured.ratio == 0.25
+    assert measured.control_ratio == 1.0
+
+
+def test_throttled_blocks_are_dropped_counted_and_measured_again():
+    answers = iter([False, True, False, True, True, False, False])
+    measured = compare(
+        lambda: 1e-2, lambda: 1e-2, batch=1, min_blocks=4, seconds=1e-6, timed=True, throttled=lambda: next(answers)
+    )
+    assert len(measured.dense_s) == 4
+    assert measured.environment["throttled_blocks"] == 3
+
+
+def test_a_device_that_always_throttles_is_too_noisy():
+    with pytest.raises(NoisyError, match="slowed itself down in 9 blocks"):
+        compare(lambda: 1e-2, lambda: 1e-2, batch=1, min_blocks=4, seconds=1e-6, timed=True, throttled=lambda: True)
+
+
+def test_where_it_was_measured_is_said_and_kept():
+    comparison = replace(made([1.0] * 4, [0.5] * 4), target="trt-fp16", on_device=True)
+    assert headline(comparison).endswith("batch 1, trt-fp16, on the device)")
+    again = Comparison.from_dict(json.loads(json.dumps(comparison.to_dict())))
+    assert (again.target, again.on_device) == ("trt-fp16", True)

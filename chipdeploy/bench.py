@@ -1,0 +1,134 @@
+"""Dense against pruned on every target that is asked for: the files that were exported, interleaved, raw times kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from chipdeploy.engines.base import Engine, Images, open_engine
+from chipdeploy.engines.target import Target
+from chipdeploy.errors import RunError
+from chipdeploy.export.onnx import check_digest
+from chipdeploy.latency.gpu import GpuWatch
+from chipdeploy.latency.measure import Comparison, compare
+from chipdeploy.pipeline import DATA, load
+from chipdeploy.run import Run, read_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+BENCH, EXPORT = "bench.json", "export.json"
+NETWORKS = ("dense", "pruned")
+DEFAULT_TARGETS = ("ort-cpu",)
+OnBlock = Callable[[str, int, int], None]  # what is measured, blocks done, blocks in all
+
+
+def bench_run(
+    run: Run,
+    *,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    batches: Sequence[int] = (1, 32),
+    threads: int = 1,
+    seconds: float = 5.0,
+    on_block: OnBlock | None = None,
+) -> list[dict[str, Any]]:
+    """Time the dense against the pruned network on every target at every batch size; all is kept in bench.json.
+
+    On a GPU each batch size is timed twice: from host to host, and on the device by its own clock.
+
+    Raises:
+        UsageError: an unknown target.
+        RunError, ExportError: nothing was exported for a target, or a file was edited since.
+        MissingError: a target's package or device is not here.
+    """
+    wanted = [Target.parse(text) for text in targets]
+    exported = read_json(run.check(EXPORT)) if run.file(EXPORT).is_file() else None
+    if exported is None:
+        raise RunError(f"{run.path} has no ONNX files yet; run 'chipdeploy export --run {run.path}' first")
+    shape = tuple(read_json(run.check(DATA))["shape"])
+    # All are opened before anything is timed: a target that is missing is said at once.
+    opened = [(target, *_open(run, exported, target, threads)) for target in wanted]
+    results = []
+    for target, dense, pruned, control in opened:
+        for batch in batches:
+            images = np.random.default_rng(0).standard_normal((batch, *shape), dtype=np.float32)
+            tell = partial(on_block, f"{target.name}, batch {batch}") if on_block else None
+            results += _measure(target, (dense, pruned, control), images, seconds, tell)
+    run.write(BENCH, results)
+    return results
+
+
+def artifact(run: Run, exported: Mapping[str, Any], target: Target, network: str) -> Path | nn.Module:
+    """What a target runs of the `dense` or the `pruned` network: a module, an ONNX file, or an engine file.
+
+    Raises:
+        RunError: it was not exported. ExportError: it was edited since.
+    """
+    if target.runtime == "torch":
+        return load(run.path, dense=network == "dense")
+    if target.builds:
+        known = exported.get("engines", {}).get(target.name)
+        if not known:
+            flags = f"--{target.runtime} --precision {target.precision}"
+            raise RunError(f"{run.path} has no {target.name} engine; run 'chipdeploy export {flags} --run {run.path}'")
+        return run.file(known[network]["file"])
+    facts = exported if target.precision == "fp32" else exported.get("precisions", {}).get(target.precision)
+    if not facts:
+        flags = f"--precision {target.precision}"
+        raise RunError(
+            f"{run.path} has no {target.precision} network; run 'chipdeploy export {flags} --run {run.path}'"
+        )
+    path = run.file(facts[network]["file"])
+    check_digest(path, facts[network]["sha256"])
+    return path
+
+
+def _open(run: Run, exported: Mapping[str, Any], target: Target, threads: int) -> tuple[Engine, Engine, Engine]:
+    """Dense, pruned and control. The control is a second engine of the dense network: where an engine lies in memory
+    moves its time a little too."""
+    options = {} if target.on_gpu else {"threads": threads}
+    dense, pruned, control = (
+        open_engine(target, artifact(run, exported, target, network), **options) for network in (*NETWORKS, "dense")
+    )
+    return dense, pruned, control
+
+
+def _measure(
+    target: Target,
+    engines: tuple[Engine, Engine, Engine],
+    images: Images,
+    seconds: float,
+    on_block: Callable[[int, int], None] | None,
+) -> list[dict[str, Any]]:
+    """From host to host; then on the device, where it has a clock of its own."""
+    watch = GpuWatch.open() if target.on_gpu else None
+    calls = {False: [partial(engine.run, images) for engine in engines]}
+    watches = [engine.stopwatch(images) for engine in engines]
+    if all(watches):
+        calls[True] = watches  # type: ignore[assignment]
+    results = []
+    for on_device, (dense, pruned, control) in calls.items():
+        gpu_before = watch.facts() if watch else None
+        comparison = compare(
+            dense,
+            pruned,
+            control=control,
+            batch=len(images),
+            seconds=seconds,
+            on_block=on_block,
+            timed=on_device,
+            throttled=watch.throttled if watch else None,
+        )
+        facts = {**comparison.environment, "engine": engines[0].describe(), "pruned_engine": engines[1].describe()}
+        if watch:
+            facts["gpu"] = {"before": gpu_before, "after": watch.facts()}
+            facts["joules"] = {"dense": watch.joules(dense), "pruned": watch.joules(pruned)}
+            facts["machine"] = f"{gpu_before['name']}, {comparison.environment['cpu']}"  # type: ignore[index]
+        labelled: Comparison = replace(comparison, environment=facts, target=target.name, on_device=on_device)
+        results.append(labelled.to_dict())
+    return results

@@ -1,0 +1,98 @@
+"""Classify images with the network beside this file; needs onnxruntime and numpy, nothing else.
+
+python infer.py IMAGES...: .npy, .npz (its only array, or `images`) or raw bytes: uint8 [N, H, W, C], or one [H, W, C].
+From Python: `from infer import classify`; `classify(images)` gives the number of each image's class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+HERE = Path(__file__).resolve().parent
+PROVIDERS = ["CPUExecutionProvider"]
+
+
+@cache
+def load() -> tuple[dict[str, Any], Any]:
+    """The manifest, and a session of model.onnx once its digest agrees with it."""
+    manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
+    content = (HERE / "model.onnx").read_bytes()
+    if hashlib.sha256(content).hexdigest() != manifest["files"]["model.onnx"]["sha256"]:
+        raise ValueError("model.onnx is not the file of manifest.json (sha256 differs); copy the bundle again")
+    return manifest, onnxruntime.InferenceSession(content, providers=PROVIDERS)
+
+
+def predict(images: Any) -> tuple[Any, Any]:
+    """uint8 [N, H, W, C] to class numbers and probabilities [N, K], the best first; K is the graph's, or all."""
+    manifest, session = load()
+    pixels, step = checked(np.asarray(images), manifest["images"]["shape"][1:]), manifest["max_batch"]
+    parts = [prepared(pixels[start : start + step], manifest) for start in range(0, len(pixels), step)]
+    outputs = [session.run(None, {manifest["input"]["name"]: part}) for part in parts]
+    first, *rest = (np.concatenate(values) for values in zip(*outputs, strict=True))
+    if rest:  # the graph ranks the classes itself
+        return rest[0], first
+    logits = first.astype(np.float32)
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    order = np.argsort(-logits, axis=1, kind="stable")
+    return order, np.take_along_axis(powers / powers.sum(axis=1, keepdims=True), order, axis=1)
+
+
+def classify(images: Any) -> Any:
+    """uint8 [N, H, W, C] to int64 [N]."""
+    return predict(images)[0][:, 0]
+
+
+def checked(images: Any, size: list[int]) -> Any:
+    """Images as [N, H, W, C]; the channel may be left out where there is one, N where there is one image."""
+    usable = images.dtype == np.uint8 and images.size > 0
+    for tail in (size, size[:2]) if size[2] == 1 else (size,):
+        if usable and list(images.shape[-len(tail) :]) == tail and images.ndim - len(tail) <= 1:
+            return images.reshape(-1, *size)
+    raise ValueError(f"needs uint8 images [N, {', '.join(map(str, size))}], got {images.dtype} {list(images.shape)}")
+
+
+def prepared(pixels: Any, manifest: dict[str, Any]) -> Any:
+    """What the graph takes: the bytes, or normalised images [N, C, H, W]."""
+    if manifest["input"]["dtype"] == "uint8":
+        return pixels
+    mean, std = (np.array(manifest["images"][key]) for key in ("mean", "std"))
+    values = pixels * (1 / (255 * std)).astype(np.float32) + (-mean / std).astype(np.float32)
+    return np.ascontiguousarray(values.transpose(0, 3, 1, 2)).astype(manifest["input"]["dtype"])
+
+
+def read(path: Path) -> Any:
+    """The array of a file."""
+    if path.suffix not in (".npy", ".npz"):
+        return np.fromfile(path, np.uint8).reshape(-1, *load()[0]["images"]["shape"][1:])
+    found = np.load(path)
+    return found if path.suffix == ".npy" else found[found.files[0] if len(found.files) == 1 else "images"]
+
+
+def main() -> None:
+    """One line an image: file and number, then label and probability of the best classes, between tabs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES")
+    parser.add_argument("--top", type=int, default=5, help="classes an image")
+    options = parser.parse_args()
+    for path in options.images:
+        try:
+            labels = (HERE / "labels.txt").read_text(encoding="utf-8").splitlines()
+            classes, shares = predict(read(path))
+        except Exception as error:  # whatever it is, its reader wants one line
+            sys.exit(f"error: {path}: {' '.join(str(error).split())}")
+        for number, (best, share) in enumerate(zip(classes, shares, strict=True)):
+            found = [f"{labels[k]} {p:.4f}" for k, p in list(zip(best, share, strict=True))[: options.top]]
+            print(f"{path}[{number}]", *found, sep="\t")
+
+
+if __name__ == "__main__":
+    main()

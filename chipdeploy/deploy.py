@@ -186,7 +186,8 @@ class _Export:
                 made = convert(
                     folder / onnx_name(name), path, precision, self._calibration, options=self._options.precision
                 )
-                entry[name] = made.to_dict()
+                facts = made.to_dict()
+                entry[name] = facts.pop("file") | facts
             engine = open_engine(Target("ort", "cpu", precision), path)
             entry["verification"][name] = self._verified(folder, name, precision, path, engine)
             if self._accurate:

@@ -17,7 +17,7 @@ import typer
 from chipdeploy import __version__
 from chipdeploy.errors import ChipdeployError
 
-from . import bench, demo, export, inspect, prune, report, train
+from . import bench, demo, doctor, export, inspect, prune, report, train
 from .output import note, print_json
 
 INTERRUPTED = 130
@@ -40,6 +40,7 @@ commands: dict[str, Callable[..., None]] = {
     "report": report.report,
     "inspect": inspect.inspect,
     "train": train.train,
+    "doctor": doctor.doctor,
 }
 for name, function in commands.items():
     app.command(name)(function)

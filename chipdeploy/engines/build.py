@@ -24,6 +24,7 @@ from chipdeploy.errors import ExportError, MissingError, UsageError
 from chipdeploy.files import atomic, digest
 
 Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
+Built = tuple[bytes, tuple[int, int, int], str]
 DEFAULT_BATCHES = (1, 8, 32)
 CURRENT = "current"
 GRAPH_OPTIMISATION_LEVELS = range(6)
@@ -83,7 +84,7 @@ def build_engine(
     _check_gpus(trt, target, options.gpus)
     started = time.monotonic()
     build = _Build(trt, target, options, on_progress)
-    content, shape = build.run(onnx)
+    content, shape, io_type = build.run(onnx)
     with atomic(path, ExportError) as temporary:
         temporary.write_bytes(content)
     manifest = EngineManifest(
@@ -98,6 +99,7 @@ def build_engine(
         engine_sha256=digest(path),
         bytes=len(content),
         seconds=round(time.monotonic() - started, 3),
+        io_type=io_type,
     )
     with atomic(manifest_path(path), ExportError) as temporary:
         temporary.write_text(json.dumps(manifest.to_dict(), indent=1) + "\n", encoding="utf-8")
@@ -154,11 +156,11 @@ class _Build:
         self._trt, self._target, self._options, self._on_progress = trt, target, options, on_progress
         self._log = logger(target.runtime)
         self._cancelled = threading.Event()
-        self._result: tuple[bytes, tuple[int, int, int]] | None = None
+        self._result: Built | None = None
         self._error: BaseException | None = None
 
-    def run(self, onnx: Path) -> tuple[bytes, tuple[int, int, int]]:
-        """The serialized engine, and [C, H, W] of its input."""
+    def run(self, onnx: Path) -> Built:
+        """The serialized engine, [C, H, W] of its input, and the type of its input."""
         worker = threading.Thread(target=self._guarded, args=(onnx,), name="tensorrt build", daemon=True)
         worker.start()
         try:
@@ -179,7 +181,7 @@ class _Build:
         except BaseException as error:  # raised again in the caller's thread
             self._error = error
 
-    def _build(self, onnx: Path) -> tuple[bytes, tuple[int, int, int]]:
+    def _build(self, onnx: Path) -> Built:
         trt = self._trt
         self._log.take()
         try:
@@ -199,7 +201,11 @@ class _Build:
                 raise ExportError("the build was interrupted")
             raise ExportError(f"{PACKAGES[self._target.runtime]} cannot build {onnx.name}: {self._log.take()}")
         self._keep_timings(config)
-        return bytes(serialized), shape
+        return bytes(serialized), shape, self._io_type(network)
+
+    def _io_type(self, network: Any) -> str:
+        types = self._trt.DataType
+        return {types.FLOAT: "float32", types.HALF: "float16", types.BF16: "bfloat16"}[network.get_input(0).dtype]
 
     def _parse(self, network: Any, onnx: Path) -> None:
         parser = self._trt.OnnxParser(network, self._log)

@@ -34,6 +34,7 @@ class EngineManifest:
         gpus: compute capabilities, e.g. `sm86`; gpu_name: of the device that built it, if one did.
         input_shape: [C, H, W]; batches: smallest, most frequent and largest batch.
         onnx_sha256, engine_sha256: of the two files. bytes: of the engine. seconds: that the build took.
+        io_type: of images and logits, `float32`, `float16` or `bfloat16`.
     """
 
     runtime: str
@@ -47,6 +48,7 @@ class EngineManifest:
     engine_sha256: str
     bytes: int
     seconds: float
+    io_type: str = "float32"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

@@ -132,7 +132,7 @@ def write_bundle(
     served = TritonModel(
         name, "onnxruntime", inputs, outputs, max_batch, preferred_batches(max_batch), on_gpu, labels_of
     )
-    repository: Repository = [(served, content), *_served_engines(name, built, network, onnx_sha256)]
+    repository: Repository = [(served, content), *_served_engines(name, built, network)]
     manifest = {
         "schema": SCHEMA,
         "kind": KIND,
@@ -232,16 +232,12 @@ def _refuse_twice(values: list[str], what: str) -> None:
         raise UsageError(f"two engines have the {what} {twice[0]!r}; give one of them")
 
 
-def _served_engines(
-    name: str, built: list[_Built], network: tuple[Port, Port], onnx_sha256: str
-) -> Iterator[tuple[TritonModel, Path]]:
+def _served_engines(name: str, built: list[_Built], network: tuple[Port, Port]) -> Iterator[tuple[TritonModel, Path]]:
     """Triton models of the TensorRT engines: `<name>_trt`, or `<name>_trt_<precision>` where there are several."""
     engines = [item for item in built if item.on_triton]
     for item in engines:
         manifest = item.manifest
-        # Tensors of another precision of this network are floats, as converted files have them.
-        same = manifest.onnx_sha256 == onnx_sha256
-        images, logits = network if same else (replace(port, dtype="float32") for port in network)
+        images, logits = (replace(port, dtype=manifest.io_type) for port in network)
         _, usual, largest = manifest.batches
         called = f"{name}_trt" if len(engines) == 1 else f"{name}_trt_{manifest.precision}"
         preferred = tuple(sorted({usual, largest}))

@@ -7,7 +7,7 @@ share are copied, and casts to fp16 and back are taken out, since a value that n
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +57,8 @@ def to_half(proto: Any, images: Images, *, keep_io: bool = True, keep_float: Seq
     kept = _kept(proto, unfit, set(keep_float), set(float16.DEFAULT_OP_BLOCK_LIST))
     with step("convert the network to fp16"), quiet():
         proto = copy.deepcopy(proto)
-        _raise_scales(proto.graph)
         _split_weights(proto.graph, kept)
+        _raise_scales(proto.graph, kept)
         half = float16.convert_float_to_float16(
             proto,
             # Its defaults move weights: below 1e-7 up, above 1e4 down. Plain rounding is closer.
@@ -79,7 +79,7 @@ def to_half(proto: Any, images: Images, *, keep_io: bool = True, keep_float: Seq
 
 def _converter() -> Any:
     try:
-        from onnxconverter_common import float16  # type: ignore[import-untyped]
+        from onnxconverter_common import float16
     except ImportError as error:
         raise MissingError("onnxconverter-common is not installed; run: pip install onnxconverter-common") from error
     return float16
@@ -100,9 +100,13 @@ def _overflowing(proto: Any, images: Images) -> dict[str, str]:
 def _unfit_weights(proto: Any) -> dict[str, str]:
     """Initializers that fp16 cannot hold, and what to say about them."""
     found = {}
+    scales = _scales(proto.graph.node)
     for tensor, values in _floats(proto.graph):
         peak = float(np.abs(values).max(initial=0))
-        if not peak <= LARGEST:
+        if tensor.name in scales:
+            if peak < SMALLEST_SCALE:  # A single channel below it is as good as dead; here all are.
+                found[tensor.name] = f"has steps of at most {peak:.3g}, too fine for fp16; kept in fp32"
+        elif not peak <= LARGEST:
             found[tensor.name] = f"holds {peak:.3g}, beyond fp16's {LARGEST:.0f}; kept in fp32"
         elif peak > 0 and not values.astype(np.float16).any():
             found[tensor.name] = f"holds nothing above {peak:.3g}, all zero in fp16; kept in fp32"
@@ -115,17 +119,17 @@ def _tensors(graph: Any) -> list[str]:
 
 
 def _floats(graph: Any) -> Iterator[tuple[Any, Any]]:
-    """The fp32 initializers but for scales, each with its values."""
+    """The fp32 initializers, each with its values."""
     from onnx import TensorProto, numpy_helper
 
-    scales = _scales(graph)
     for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and tensor.name not in scales:
+        if tensor.data_type == TensorProto.FLOAT:
             yield tensor, numpy_helper.to_array(tensor)
 
 
-def _scales(graph: Any) -> set[str]:
-    return {node.input[1] for node in graph.node if node.op_type in QDQ}
+def _scales(nodes: Iterable[Any]) -> set[str]:
+    """Names of the scales of nodes that quantise."""
+    return {node.input[1] for node in nodes if node.op_type in QDQ}
 
 
 def _kept(proto: Any, unfit: dict[str, str], names: set[str], op_types: set[str]) -> list[str]:
@@ -156,11 +160,11 @@ def _add_quantised(nodes: list[Any], kept: set[str]) -> None:
                 kept.update(pair)
 
 
-def _raise_scales(graph: Any) -> None:
+def _raise_scales(graph: Any, kept: Sequence[str]) -> None:
     """Scales that fp16 holds: rounded up, so that nothing is clipped; not zero, as those of dead channels become."""
     from onnx import TensorProto, numpy_helper
 
-    names = _scales(graph)
+    names = _scales(node for node in graph.node if node.name not in kept)
     for tensor in graph.initializer:
         if tensor.name in names and tensor.data_type == TensorProto.FLOAT:
             scale = np.clip(numpy_helper.to_array(tensor), SMALLEST_SCALE, LARGEST)

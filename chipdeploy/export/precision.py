@@ -18,7 +18,7 @@ from chipdeploy.errors import ExportError, InputError, UsageError, VerificationE
 from chipdeploy.export import modelopt
 from chipdeploy.export.half import QDQ, to_half
 from chipdeploy.export.onnx import INPUT, OnnxFile, clean_onnx, describe_onnx, save_onnx
-from chipdeploy.export.probe import METHODS, Agreement, first_not_finite, logits, tensor_ranges
+from chipdeploy.export.probe import METHODS, NO_REWRITING, Agreement, first_not_finite, logits, tensor_ranges
 from chipdeploy.export.quantize import WEIGHTED, quantisable, quantize, store_int8
 from chipdeploy.files import atomic
 
@@ -26,6 +26,9 @@ __all__ = ["DEFAULTS", "PRECISIONS", "Converted", "PrecisionOptions", "convert",
 
 RESTS = ("fp32", "fp16")
 METADATA = "chipdeploy.precision"
+FOR_TENSORRT = (
+    f"int8 with fp16 is for TensorRT; ONNX Runtime needs {NO_REWRITING}=1 for it, its biases are wrong otherwise"
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class PrecisionOptions:
         method: calibration of int8: minmax, entropy or percentile.
         percentile: of |x| that the range of a tensor covers, above 50 and at most 100.
         keep_float: names of nodes of the ONNX file that are not quantised (int8), or stay in fp32 (fp16).
-        rest: what is not int8 in an int8 network: fp32 or fp16.
+        rest: what is not int8 in an int8 network: fp32, or fp16 for TensorRT; a note says what ONNX Runtime does to it.
         store_int8: weights are stored as int8, a quarter of the size. Otherwise as floats with the node that quantises
             them, which older parsers want.
     """
@@ -74,7 +77,7 @@ class Converted:
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
-            **self.file.to_dict(),
+            "file": self.file.to_dict(),
             "precision": self.precision,
             "kept_float": list(self.kept_float),
             "notes": list(self.notes),
@@ -218,7 +221,7 @@ def _int8(proto: Any, images: Images, options: PrecisionOptions) -> Result:
     notes: tuple[str, ...] = ()
     if options.rest == "fp16":
         half = to_half(quantised, images, keep_io=options.keep_io)
-        quantised, notes = half.proto, half.notes
+        quantised, notes = half.proto, (*half.notes, FOR_TENSORRT)
         kept = _in_order(proto, {*kept, *half.kept_float})
     if options.store_int8:
         store_int8(quantised)

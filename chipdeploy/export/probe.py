@@ -21,6 +21,7 @@ from chipdeploy.export.onnx import INPUT, OUTPUT, quiet, step
 
 BATCH_VALUES = 1_000_000  # input values of a batch: all tensors of a network at 224 pixels then take below 1 GB
 LARGEST_BATCH = 64
+NO_REWRITING = "session.disable_quant_qdq"
 # ONNX Runtime's own 128 bins are the 128 levels that it fits: its entropy never clips, and is min-max by another name.
 ENTROPY_BINS = 512
 PERCENTILE_BINS = 2048
@@ -162,6 +163,8 @@ def _session(content: bytes, *, optimize: bool = True) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = ERRORS_ONLY
+    # Its rewriting of quantised graphs makes int32 biases, with scales that underflow where they are fp16.
+    options.add_session_config_entry(NO_REWRITING, "1")
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:

@@ -3,8 +3,8 @@
 #
 # The folder that is mounted at /work must be writable by uid 10001, or give --user "$(id -u):$(id -g)".
 
-# Both images stand on plain Python. For the GPU an nvidia/cuda image would bring CUDA and cuDNN a second time: pip's
-# torch carries its own, ONNX Runtime loads those, and TensorRT's wheels carry theirs. Only the driver is the host's.
+# Both images stand on plain Python. For the GPU an nvidia/cuda image would bring CUDA and cuDNN a second time: they come
+# as pip's wheels, for torch, ONNX Runtime and TensorRT alike. Only the driver is the host's.
 FROM python:3.11.14-slim-bookworm AS python
 
 FROM python AS wheel

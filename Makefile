@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Two versions of one package for the test of TensorRT's API: they share no environment, so they have no constraint.
+TRT_BINDINGS := 10.16.1.11 11.4.0.106
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test lint types pytest setup clean
 
@@ -24,10 +27,13 @@ pytest: $(READY)
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "chipdeploy needs Python 3.11 or newer, got " + sys.version.split()[0] + "; call: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,dev,zoo]'
+	$(PIP) -c constraints.txt -e '.[cpu,dev,rtx,zoo]'
+	for version in $(TRT_BINDINGS); do \
+		$(PIP) --no-deps --upgrade --target $(VENV)/trt-bindings/$${version%%.*} tensorrt-cu13-bindings==$$version || exit 1; \
+	done
 	touch $@
 
 clean:

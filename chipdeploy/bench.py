@@ -12,6 +12,7 @@ import numpy as np
 
 from chipdeploy.engines.base import Engine, Images, open_engine
 from chipdeploy.engines.target import Target
+from chipdeploy.engines.trt import EngineManifest
 from chipdeploy.errors import RunError
 from chipdeploy.export.onnx import check_digest
 from chipdeploy.latency.gpu import GpuWatch
@@ -51,6 +52,8 @@ def bench_run(
     if exported is None:
         raise RunError(f"{run.path} has no ONNX files yet; run 'chipdeploy export --run {run.path}' first")
     shape = tuple(read_json(run.check(DATA))["shape"])
+    for target in wanted:
+        _check_batches(run, exported, target, batches)
     # All are opened before anything is timed: a target that is missing is said at once.
     opened = [(target, *_open(run, exported, target, threads)) for target in wanted]
     results = []
@@ -61,6 +64,18 @@ def bench_run(
             results += _measure(target, (dense, pruned, control), images, seconds, tell)
     run.write(BENCH, results)
     return results
+
+
+def _check_batches(run: Run, exported: Mapping[str, Any], target: Target, batches: Sequence[int]) -> None:
+    """Raises InputError for a batch that an engine was not built for."""
+    if not target.builds:
+        return
+    for network in NETWORKS:
+        path = artifact(run, exported, target, network)
+        assert isinstance(path, Path)
+        manifest = EngineManifest.read(path)
+        for batch in batches:
+            manifest.check_batch(batch, path.name)
 
 
 def artifact(run: Run, exported: Mapping[str, Any], target: Target, network: str) -> Path | nn.Module:

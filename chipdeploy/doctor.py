@@ -238,8 +238,8 @@ def _ort_cuda() -> Readiness:
         _run_ort("ort-cuda")
     except Exception as error:
         detail, fix = _split(error)
-        # A provider that is there and does not start lacks a library of CUDA, which torch's packages bring.
-        command = fix if fix.startswith("pip ") else "pip install --force-reinstall torch onnxruntime-gpu"
+        # A provider that is there and does not start lacks a library of CUDA: torch brings all of them but curand.
+        command = fix if fix.startswith("pip ") else "pip install 'onnxruntime-gpu[cuda,cudnn]'"
         return Readiness("ort-cuda", False, None, detail, command)
     return Readiness("ort-cuda", True, None, RAN)
 

@@ -299,6 +299,13 @@ def test_an_engine_is_not_timed_without_a_gpu(deployed):
     assert deployed[0].read_if("bench.json") == before
 
 
+def test_a_batch_that_an_engine_was_not_built_for_is_said_before_anything_runs(deployed):
+    with pytest.raises(
+        InputError, match=r"dense-rtx-fp16\.engine takes batches of 1 to 4, got 8; build it with another"
+    ):
+        bench_run(deployed[0], targets=["ort-cpu", "rtx-fp16"], batches=(1, 8))
+
+
 def test_the_best_precision_is_timed_and_holds_its_accuracy(copy):
     facts = export_run(copy, ExportOptions(best=True, max_drop=100.0))
     best = facts["best"]

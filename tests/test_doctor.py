@@ -145,10 +145,12 @@ def test_both_distributions_of_onnx_runtime_at_once_fail(tmp_path):
     assert done.returncode == 4
     line = next(line for line in done.stdout.splitlines() if line.startswith("onnxruntime "))
     assert line.split()[1] == BROKEN
-    assert line.endswith("fix: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'chipdeploy[cpu]'")
+    assert line.endswith(
+        "fix: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'chipdeploy[cpu]' (or [gpu] on a GPU)"
+    )
     assert [error for error in done.stderr.splitlines() if error.startswith("error: ")] == [
         "error: onnxruntime is broken: onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
-        "run: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'chipdeploy[cpu]'"
+        "run: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'chipdeploy[cpu]' (or [gpu] on a GPU)"
     ]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chipdeploy.engines.cuda import this_gpu
 from chipdeploy.engines.target import Target
 from chipdeploy.engines.trt import (
     INPUT,
@@ -91,8 +92,8 @@ def build_engine(
         runtime=PACKAGES[target.runtime],
         runtime_version=str(trt.__version__),
         precision=target.precision,
-        gpus=options.gpus or (_this_gpu()[0],),
-        gpu_name="" if options.gpus else _this_gpu()[1],
+        gpus=options.gpus or (this_gpu()[0],),
+        gpu_name="" if options.gpus else this_gpu()[1],
         input_shape=shape,
         batches=options.batches,
         onnx_sha256=digest(onnx),
@@ -122,7 +123,7 @@ def timing_cache() -> Path:
     import re
 
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    device = re.sub(r"[^a-z0-9]+", "-", " ".join(_this_gpu()).lower()) or "none"
+    device = re.sub(r"[^a-z0-9]+", "-", " ".join(this_gpu()).lower()) or "none"
     return base / "chipdeploy" / f"timings-{device}.bin"
 
 
@@ -132,21 +133,11 @@ def _check_gpus(trt: Any, target: Target, gpus: tuple[str, ...]) -> None:
     known = buildable_gpus() if gpus else ()
     if unknown := [gpu for gpu in gpus if gpu not in known]:
         raise UsageError(f"TensorRT-RTX {trt.__version__} does not build for {unknown[0]}; known: {', '.join(known)}")
-    if not gpus and not _this_gpu()[0]:
+    if not gpus and not this_gpu()[0]:
         fix = f"name the GPUs with --gpu, e.g. {','.join(buildable_gpus()[-2:])}" if target.runtime == "rtx" else ""
         raise MissingError(
             f"no GPU is here to build {target.name} on; {fix or 'build it where it runs, or use rtx with --gpu'}"
         )
-
-
-def _this_gpu() -> tuple[str, str]:
-    """Compute capability and name of the first GPU; empty without one."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "", ""
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm{major}{minor}", torch.cuda.get_device_name()
 
 
 class _Build:

@@ -24,6 +24,16 @@ def require_gpu(what: str) -> None:
         raise MissingError(f"{what} runs on an NVIDIA GPU and none is here; see 'chipdeploy doctor'")
 
 
+def this_gpu() -> tuple[str, str]:
+    """Compute capability, e.g. `sm90`, and name of the first GPU; empty without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "", ""
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm{major}{minor}", torch.cuda.get_device_name()
+
+
 class Replay:
     """Work that is enqueued on a stream of its own, replayed as one CUDA graph where that is wanted.
 

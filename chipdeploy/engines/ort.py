@@ -188,8 +188,8 @@ def check_installed() -> None:
     """
     if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
         raise MissingError(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
-            "run: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'chipdeploy[cpu]'"
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; run: "
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'chipdeploy[cpu]' (or [gpu] on a GPU)"
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import import_module
@@ -11,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chipdeploy.engines.base import Images, LayerTime, check_images, check_options, engine
-from chipdeploy.engines.cuda import Replay, require_gpu
+from chipdeploy.engines.cuda import Replay, require_gpu, this_gpu
 from chipdeploy.engines.target import Target
-from chipdeploy.errors import ExportError, InputError, MissingError, UsageError
-from chipdeploy.files import digest
+from chipdeploy.errors import ExportError, InputError, MissingError, RunError, UsageError
+from chipdeploy.files import atomic, digest
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 PACKAGES = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}
 INPUT, OUTPUT = "images", "logits"  # what export_onnx calls them
+CACHE, DIGEST_BYTES = ".cache", 32
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,17 @@ class EngineManifest:
         if digest(engine_file) != manifest.engine_sha256:
             raise ExportError(f"{engine_file.name} was edited since it was built; build the engine again")
         return manifest
+
+    def check_batch(self, batch: int, what: str) -> None:
+        """Raises InputError for a batch that the engine `what` was not built for."""
+        low, _, high = self.batches
+        if not low <= batch <= high:
+            raise InputError(f"{what} takes batches of {low} to {high}, got {batch}; build it with another --batch")
+
+    def check_gpu(self, gpu: str, what: str) -> None:
+        """Raises ExportError where the engine `what` was built for other GPUs than `gpu`, e.g. `sm90`."""
+        if gpu not in self.gpus:
+            raise ExportError(f"{what} was built for {', '.join(self.gpus)}, this GPU is {gpu}; build it here")
 
 
 def manifest_path(engine_file: Path) -> Path:
@@ -148,9 +162,11 @@ class TrtEngine:
                 f"asked for {' in '.join(expected)}; build it for {target.name}"
             )
         require_gpu(target.name)
+        self.manifest.check_gpu(this_gpu()[0], path.name)
         self._trt, self._log = tensorrt(target.runtime), logger(target.runtime)
         self._runtime = self._trt.Runtime(self._log)
         self._engine = self._deserialized()
+        self._cache: Any = None
         self._context = self._new_context()
         self._replays: dict[int, Replay] = {}
 
@@ -244,15 +260,34 @@ class TrtEngine:
         # Lazily specialised kernels would be timed as their slower fallbacks at first.
         strategies = self._trt.DynamicShapesKernelSpecializationStrategy
         config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        config.set_runtime_cache(self._runtime_cache(config))
         return self._engine.create_execution_context(config)
+
+    def _runtime_cache(self, config: Any) -> Any:
+        """Kernels that RTX compiled for this GPU, from the last time on: they lie beside the engine."""
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            path = self.path.with_name(self.path.name + CACHE)
+            content = path.read_bytes() if path.is_file() else b""
+            key, kernels = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+            # Kernels are code: those of another engine, or damaged ones, are compiled anew.
+            if key == self._cache_key(kernels):
+                self._cache.deserialize(kernels)
+        return self._cache
+
+    def _keep_runtime_cache(self) -> None:
+        if self._cache is None:
+            return
+        kernels = bytes(self._cache.serialize())
+        with suppress(RunError), atomic(self.path.with_name(self.path.name + CACHE)) as temporary:  # a help, no need
+            temporary.write_bytes(self._cache_key(kernels) + kernels)
+
+    def _cache_key(self, kernels: bytes) -> bytes:
+        return hashlib.sha256(self.manifest.engine_sha256.encode() + kernels).digest()
 
     def _check(self, images: Images) -> None:
         check_images(self.path.name, images, ("batch", *self.manifest.input_shape))
-        low, _, high = self.manifest.batches
-        if not low <= len(images) <= high:
-            raise InputError(
-                f"{self.path.name} takes batches of {low} to {high}, got {len(images)}; build it with another --batch"
-            )
+        self.manifest.check_batch(len(images), self.path.name)
 
     def _replay(self, images: Images) -> Replay:
         """The work for one batch size; captured anew where the size is new."""
@@ -266,6 +301,7 @@ class TrtEngine:
                 return result
 
             self._replays[len(images)] = Replay(enqueue, source, graph=self._graph)
+            self._keep_runtime_cache()
         return self._replays[len(images)]
 
     def _buffers(self, images: Images, context: Any) -> tuple[Tensor, Tensor]:
@@ -337,6 +373,7 @@ TRT_API: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "IOptimizationProfile": {"set_shape": ALL},
     "INetworkDefinition": {"num_inputs": ALL, "get_input": ALL},
+    "ITensor": {"name": ALL, "shape": ALL, "dtype": ALL},
     "OnnxParser": {"parse_from_file": ALL, "parse": RTX_ONLY, "num_errors": ALL, "get_error": ALL},
     "ParserError": {"desc": ALL, "node_name": ALL, "node_operator": ALL},
     "ITimingCache": {"serialize": TRT_ONLY},
@@ -359,7 +396,15 @@ TRT_API: dict[str, dict[str, tuple[str, ...]]] = {
         "get_tensor_shape": ALL,
         "profiler": ALL,
     },
-    "IRuntimeConfig": {"dynamic_shapes_kernel_specialization_strategy": RTX_ONLY},
+    "ComputeCapability": {"__members__": RTX_ONLY},
+    "EngineValidity": {"INVALID": RTX_ONLY},
+    "DynamicShapesKernelSpecializationStrategy": {"EAGER": RTX_ONLY},
+    "IRuntimeConfig": {
+        "dynamic_shapes_kernel_specialization_strategy": RTX_ONLY,
+        "create_runtime_cache": RTX_ONLY,
+        "set_runtime_cache": RTX_ONLY,
+    },
+    "IRuntimeCache": {"serialize": RTX_ONLY, "deserialize": RTX_ONLY},
     "IProfiler": {"report_layer_time": ALL},
     "EngineInspector": {"get_engine_information": ALL},
 }

@@ -23,7 +23,7 @@ BATCH_VALUES = 1_000_000  # input values of a batch: all tensors of a network at
 LARGEST_BATCH = 64
 NO_REWRITING = "session.disable_quant_qdq"
 # ONNX Runtime's own 128 bins are the 128 levels that it fits: its entropy never clips, and is min-max by another name.
-ENTROPY_BINS = 512
+ENTROPY_BINS = 256
 PERCENTILE_BINS = 2048
 
 

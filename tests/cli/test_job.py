@@ -13,7 +13,7 @@ import chipdeploy as cd
 from chipdeploy import __version__
 from chipdeploy.latency.measure import Comparison, headline
 
-COMMANDS = ("demo", "prune", "export", "bench", "report", "inspect", "train")
+COMMANDS = ("demo", "prune", "export", "bench", "report", "inspect", "train", "doctor")
 
 
 def last_line(outcome):

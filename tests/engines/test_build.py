@@ -14,7 +14,7 @@ from chipdeploy.engines.build import BuildOptions, build_engine, buildable_gpus
 from chipdeploy.engines.target import Target
 from chipdeploy.engines.trt import EngineManifest, manifest_path
 from chipdeploy.engines.turing import linear_as_convolution
-from chipdeploy.errors import ExportError, MissingError, UsageError
+from chipdeploy.errors import ExportError, InputError, MissingError, UsageError
 from chipdeploy.files import digest
 
 RTX = Target.parse("rtx-fp32")
@@ -86,6 +86,17 @@ def test_an_edited_engine_or_manifest_is_refused(network, tmp_path):
     manifest_path(path).unlink()
     with pytest.raises(ExportError, match=r"no x.engine.json"):
         open_engine("rtx-fp32", path)
+
+
+def test_a_manifest_says_what_the_engine_does_not_take(network, tmp_path):
+    manifest = build_engine(network, tmp_path / "x.engine", RTX, BuildOptions(batches=(2, 4, 8), gpus=("sm86", "sm89")))
+    manifest.check_batch(8, "x")
+    manifest.check_gpu("sm89", "x")
+    for batch in (1, 9):
+        with pytest.raises(InputError, match=f"x takes batches of 2 to 8, got {batch}"):
+            manifest.check_batch(batch, "x")
+    with pytest.raises(ExportError, match="x was built for sm86, sm89, this GPU is sm90; build it here"):
+        manifest.check_gpu("sm90", "x")
 
 
 def test_an_engine_of_another_precision_is_refused(network, tmp_path):

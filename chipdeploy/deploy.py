@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from chipdeploy.export.choose import choose
 from chipdeploy.export.divergence import first_divergence
 from chipdeploy.export.onnx import export_onnx
 from chipdeploy.export.precision import PRECISIONS, PrecisionOptions, convert
+from chipdeploy.export.sensitivity import sensitivity
 from chipdeploy.export.verify import TOLERANCES, verify_engine
 from chipdeploy.pipeline import DATA, PLAN, RESULT, load, prepare
 from chipdeploy.report.page import write_report
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 VERIFY_IMAGES = 64
 CALIBRATION_IMAGES = 512
+SENSITIVITY_IMAGES = 128  # one run over them a layer
 ACCURACY_IMAGES = 5000  # of the validation images: beyond them the estimate moves by less than a point anyway
 ACCURACY_BATCH = 50
 MAX_DROP = 0.5  # points of accuracy that the fastest precision may lose against fp32
@@ -53,9 +55,10 @@ class ExportOptions:
         build: of the engines.
         calibration: data whose training images int8 is calibrated with, as in --data; None takes the run's own.
         precision: of the conversions.
+        keep_worst: so many layers, those that int8 hurts most, stay in float.
 
     Raises:
-        UsageError: an unknown precision or runtime, or engines for larger batches than the networks.
+        UsageError: an unknown precision or runtime, engines for larger batches than the networks, a number below 0.
     """
 
     max_batch: int = 64
@@ -66,6 +69,7 @@ class ExportOptions:
     build: BuildOptions = field(default_factory=BuildOptions)
     calibration: str | None = None
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
+    keep_worst: int = 0
 
     def __post_init__(self) -> None:
         for what, values, known in (
@@ -81,6 +85,8 @@ class ExportOptions:
             )
         if not 0 <= self.max_drop <= 100:
             raise UsageError(f"the drop is a number of points from 0 to 100, got {self.max_drop}")
+        if self.keep_worst < 0:
+            raise UsageError(f"the layers that stay in float are counted from 0 on, got {self.keep_worst}")
 
     @property
     def all_precisions(self) -> tuple[str, ...]:
@@ -183,16 +189,26 @@ class _Export:
                 entry[name] = self._exported(name, path).to_dict()
             else:
                 assert self._calibration is not None
-                made = convert(
-                    folder / onnx_name(name), path, precision, self._calibration, options=self._options.precision
-                )
-                facts = made.to_dict()
+                source = folder / onnx_name(name)
+                options = self._precision_options(source, precision)
+                facts = convert(source, path, precision, self._calibration, options=options).to_dict()
                 entry[name] = facts.pop("file") | facts
             engine = open_engine(Target("ort", "cpu", precision), path)
             entry["verification"][name] = self._verified(folder, name, precision, path, engine)
             if self._accurate:
                 entry[name]["accuracy"] = accuracy(engine, self._data, ACCURACY_IMAGES)
         return entry
+
+    def _precision_options(self, source: Path, precision: str) -> PrecisionOptions:
+        """The options, with the layers of this network that int8 hurts most kept in float where that is wanted."""
+        options, count = self._options.precision, self._options.keep_worst
+        if precision != "int8" or not count:
+            return options
+        assert self._calibration is not None
+        self._notes.step("looking for the layers that int8 hurts most")
+        ranked = sensitivity(source, self._calibration[:SENSITIVITY_IMAGES], options=options)
+        worst = tuple(layer.name for layer in ranked[:count])
+        return replace(options, keep_float=options.keep_float + worst)
 
     def _exported(self, name: str, path: Path) -> Any:
         metadata = _metadata(self._run, self._described, name)

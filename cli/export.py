@@ -41,6 +41,12 @@ def export(
         str | None,
         typer.Option("--calibration", help="Data to calibrate int8 with, as in --data. Default: the run's own."),
     ] = None,
+    keep_float: Annotated[
+        int, typer.Option("--keep-float", help="So many layers, those that int8 hurts most, stay in float.")
+    ] = 0,
+    rest: Annotated[
+        str, typer.Option("--int8-rest", help="What is not int8 in an int8 network: fp32, or fp16 for a GPU.")
+    ] = "fp32",
     method: Annotated[str | None, typer.Option("--calibration-method", help="minmax, entropy or percentile.")] = None,
     max_batch: Annotated[int, typer.Option("--max-batch", help="Largest batch that the ONNX files are made for.")] = 64,
     bundle: Annotated[
@@ -66,7 +72,8 @@ def export(
         runtimes=[name for name, asked in (("trt", trt), ("rtx", rtx)) if asked],
         build={"batches": batch, "gpus": gpu, "level": level, "workspace_mb": workspace_mb},
         calibration=calibration,
-        method=method,
+        int8={"rest": rest} | ({} if method is None else {"method": method}),
+        keep_float=keep_float,
         max_batch=max_batch,
     )
     if (with_preprocess or top_k) and bundle is None:
@@ -100,7 +107,8 @@ def _wanted(
     runtimes: list[str],
     build: dict[str, Any],
     calibration: str | None,
-    method: str | None,
+    int8: dict[str, str],
+    keep_float: int,
     max_batch: int,
 ) -> ExportOptions:
     """The options as the library takes them. Raises UsageError for those that do not go together."""
@@ -127,7 +135,8 @@ def _wanted(
             timing_cache=timing_cache() if "trt" in runtimes else None,
         ),
         calibration=calibration,
-        precision=PrecisionOptions() if method is None else PrecisionOptions(method=method),
+        precision=PrecisionOptions(**int8),  # type: ignore[arg-type]
+        keep_worst=keep_float,
     )
 
 

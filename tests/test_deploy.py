@@ -315,6 +315,18 @@ def test_the_best_precision_is_timed_and_holds_its_accuracy(copy):
     assert best["precision"] == min(["fp32", *certain], key=ratios.get)
 
 
+def test_the_layers_that_int8_hurts_most_stay_in_float(copy):
+    facts = export_run(copy, ExportOptions(precisions=("int8",), keep_worst=1))
+    for name in ("dense", "pruned"):
+        (kept,) = facts["precisions"]["int8"][name]["kept_float"]
+        graph = onnx.load(copy.file(f"{name}-int8.onnx")).graph
+        (node,) = [node for node in graph.node if node.name == kept]
+        makers = {output: other.op_type for other in graph.node for output in other.output}
+        assert makers.get(node.input[1]) != "DequantizeLinear"
+        assert "DequantizeLinear" in makers.values()
+    assert facts["asked"] == "int8"
+
+
 def test_a_failed_conversion_leaves_the_older_export(copy):
     before = {path.name: path.read_bytes() for path in copy.path.iterdir()}
     with pytest.raises(DataError, match="none"):

@@ -94,8 +94,8 @@ def tensor_ranges(
         return calibrator.compute_data()
 
 
-def first_not_finite(proto: Any, images: Images) -> str | None:
-    """Name of the first node, in the order of the graph, that gives a value that is not finite on the images."""
+def all_outputs(proto: Any, images: Images) -> Iterator[dict[str, tuple[str, Any]]]:
+    """Of every node in the order of the graph, a batch of images at a time: output tensor ▶ (node, values)."""
     import onnx
 
     exposed = onnx.shape_inference.infer_shapes(proto)
@@ -103,12 +103,19 @@ def first_not_finite(proto: Any, images: Images) -> str | None:
     makers = {name: node.name for node in exposed.graph.node for name in node.output if name in known or name == OUTPUT}
     exposed.graph.output.extend(known[name] for name in makers if name in known)
     session = _session(exposed.SerializeToString(), optimize=False)
-    broken: set[str] = set()
     with np.errstate(over="ignore"):  # Images beyond fp16 are what is looked for.
         for part in _batches(images, session):
             values = session.run(list(makers), {INPUT: part})
-            broken |= {name for name, value in zip(makers, values, strict=True) if not np.isfinite(value).all()}
-    return next((maker for name, maker in makers.items() if name in broken), None)
+            yield {name: (makers[name], value) for name, value in zip(makers, values, strict=True)}
+
+
+def first_not_finite(proto: Any, images: Images) -> str | None:
+    """Name of the first node, in the order of the graph, that gives a value that is not finite on the images."""
+    broken: dict[str, bool] = {}
+    for outputs in all_outputs(proto, images):
+        for node, value in outputs.values():
+            broken[node] = broken.get(node, False) or not np.isfinite(value).all()
+    return next((node for node, is_broken in broken.items() if is_broken), None)
 
 
 class _Reader:

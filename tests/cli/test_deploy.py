@@ -87,6 +87,8 @@ def test_trtexec_times_are_shown_beside(exported, call, tmp_path):
         (("export", "--top-k", "2"), 2, "add --bundle DIR"),
         (("export", "--calibration", "folder:nowhere", "--precision", "int8"), 3, "nowhere"),
         (("export", "--calibration-method", "magic", "--precision", "int8"), 2, "minmax, entropy, percentile"),
+        (("export", "--int8-rest", "fp8", "--precision", "int8"), 2, "fp32 or fp16, got 'fp8'"),
+        (("export", "--keep-float", "-1", "--precision", "int8"), 2, "counted from 0 on, got -1"),
         (("bench", "--on", "ort-cqu"), 2, "'cqu' is unknown"),
         (("bench", "--on", "trt-fp16"), 3, "chipdeploy export --trt --precision fp16"),
         (("bench", "--on", "ort-cpu-fp16"), 3, "chipdeploy export --precision fp16"),

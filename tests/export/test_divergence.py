@@ -37,7 +37,7 @@ def edited(path, name):
 def test_names_the_layer_whose_weight_was_edited(network, name):
     other, reader = edited(network, name)
     sentence = first_divergence(network, other, IMAGES, 1e-3)
-    assert f"{reader.op_type} {reader.output[0]!r}" in sentence
+    assert f"the first layer that differs is {reader.name}, by " in sentence
     assert sentence.endswith("of its largest value")
 
 

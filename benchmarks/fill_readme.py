@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the README's tour and results from what was really printed and measured.
+"""Write the README's tour and results, and the tables of docs/engines.md, from what was really printed and measured.
 
 fill_readme.py            the results, from benchmarks/results/*.json
 fill_readme.py --tour     the tour too: runs the demo and takes its output
@@ -28,6 +28,13 @@ NAMES = {
     "scratch": "uniformly narrower, from scratch",
 }
 
+FILES = {
+    "precision": "precision.json",
+    "rtx": "rtx-builds.json",
+    "targets": "targets-cpu.json",
+    "bundle": "bundle-check.json",
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,6 +46,12 @@ def main() -> None:
         text = replace(text, "tour", tour())
     text = replace(text, "results", "\n\n".join(results()))
     readme.write_text(text, encoding="utf-8")
+    engines = ROOT / "docs" / "engines.md"
+    text = engines.read_text(encoding="utf-8")
+    for name, fill in {"precision": precisions, "rtx": rtx_builds, "targets": targets, "bundle": bundle}.items():
+        if (path := RESULTS / FILES[name]).is_file():
+            text = replace(text, name, fill(json.loads(path.read_text(encoding="utf-8")), path))
+    engines.write_text(text, encoding="utf-8")
 
 
 def replace(text: str, name: str, content: str) -> str:
@@ -118,6 +131,90 @@ def costs() -> list[str]:
         f"{facts['step']['model']}, batch {facts['step']['batch']}); cutting torchvision's ResNet-50 takes "
         f"{min(facts['hard_prune_resnet50_s']):.2f} s ({environment_line(facts['environment'])})."
     ]
+
+
+def source(store: dict[str, Any], path: Path) -> str:
+    return f"({environment_line(store['environment'])}; raw data: `{path.relative_to(ROOT)}`)"
+
+
+def precisions(store: dict[str, Any], path: Path) -> str:
+    """Accuracy and time of every pruned network in every precision."""
+    lines = [
+        f"Pruned networks in ONNX Runtime on the CPU, batch 1, all test images {source(store, path)}:",
+        "",
+        "| network | FLOPs kept | precision | test accuracy | time of fp32 | file |",
+        "|---|---|---|---|---|---|",
+    ]
+    for network in store["networks"]:
+        for precision, row in network["precisions"].items():
+            low, high = row.get("interval", (1.0, 1.0))
+            time = "1" if precision == "fp32" else f"{row['time_of_fp32']:.2f} (95 % {low:.2f}-{high:.2f})"
+            lines.append(
+                f"| {network['model']}, {network['data']} | {network['keep']:g} | {precision} | {row['test']:.2%} "
+                f"| {time} | {row['bytes'] / 1e6:.2f} MB |"
+            )
+    return "\n".join(lines)
+
+
+def rtx_builds(store: dict[str, Any], path: Path) -> str:
+    """Seconds and sizes of the engines of every network."""
+    gpus = ", ".join(store["gpus"])
+    cells = [f"{name} {precision}" for name in ("dense", "pruned") for precision in ("fp32", "fp16", "int8")]
+    lines = [
+        f"One engine for {gpus}, batches 1 to 8, built without a GPU {source(store, path)}. "
+        "Seconds of the build and MB of the engine; cut to half of the MACs where the network allows that:",
+        "",
+        f"| network | pixels | {' | '.join(cells)} |",
+        f"|---|---|{'---|' * len(cells)}",
+    ]
+    for row in store["networks"]:
+        shown = [engine_cell(row.get(name, {}).get(precision)) for name, precision in map(str.split, cells)]
+        lines.append(f"| {row['model']} | {row['image_size']} | {' | '.join(shown)} |")
+    refused = [f"- {row['model']}: {row['refused']}" for row in store["networks"] if "refused" in row]
+    refused += [
+        f"- {row['model']}, {name}, {precision}: {row[name][precision]['refused']}"
+        for row in store["networks"]
+        for name in ("dense", "pruned")
+        for precision in ("fp32", "fp16", "int8")
+        if "refused" in row.get(name, {}).get(precision, {})
+    ]
+    return "\n".join([*lines, *(["", "Refused:", "", *refused] if refused else [])])
+
+
+def engine_cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    return "refused" if "refused" in row else f"{row['seconds']:.1f} s, {row['bytes'] / 1e6:.1f} MB"
+
+
+def targets(store: dict[str, Any], path: Path) -> str:
+    """Time of the pruned networks as a share of the dense ones', on every target."""
+    lines = [
+        f"Pruned over dense, random weights {source(store, path)}:",
+        "",
+        "| network | target | batch | asked for | MACs kept | time of dense | dense |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cell in store["targets"]:
+        key = f"| {cell['model']} | {cell['target']} | {cell['batch']} | {cell['wanted']}"
+        if "refused" in cell:
+            lines.append(f"{key} | | {cell['refused']} | |")
+            continue
+        facts = cell.get("device", cell["end to end"])
+        low, high = facts["interval"]
+        lines.append(
+            f"{key} | {cell['macs']:.2f} | {facts['ratio']:.2f} (95 % {low:.2f}-{high:.2f}) "
+            f"| {facts['dense_ms']:.3g} ms |"
+        )
+    return "\n".join(lines)
+
+
+def bundle(store: dict[str, Any], path: Path) -> str:
+    """Whether the bundle's own script agrees with torch."""
+    return (
+        f"In a clean environment of {', '.join(store['packages'])}, infer.py gives the same class as PyTorch on "
+        f"{store['same_top1']['program']} of {store['images']} test images {source(store, path)}."
+    )
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     precision.py --out results/precision.json RUN [RUN ...]
 
 Each RUN is a finished `chipdeploy prune`. Its networks are exported in fp32, fp16 and int8 (calibrated with its own
-training images), run on all test images, and timed against fp32, interleaved. A network that the output file holds already
-is not measured again.
+training images), run on all test images, and timed against fp32, interleaved. A network that the output file holds is
+not measured again.
 """
 
 from __future__ import annotations

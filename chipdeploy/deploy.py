@@ -21,7 +21,7 @@ from chipdeploy.engines.target import TENSORRT, Target
 from chipdeploy.errors import InputError, RunError, UsageError, VerificationError
 from chipdeploy.export.bundle import write_bundle
 from chipdeploy.export.choose import choose
-from chipdeploy.export.divergence import first_divergence
+from chipdeploy.export.divergence import first_divergence, first_divergence_from_torch
 from chipdeploy.export.onnx import export_onnx
 from chipdeploy.export.precision import PRECISIONS, PrecisionOptions, convert
 from chipdeploy.export.sensitivity import sensitivity
@@ -223,11 +223,11 @@ class _Export:
                 self._models[name], engine, path.name, self._images, tolerance=TOLERANCES[precision]
             )
         except VerificationError as error:
-            reference = folder / onnx_name(name)
-            if precision == "fp32":
-                raise
             images: Images = self._images[:8].numpy()
-            where = first_divergence(reference, path, images, TOLERANCES[precision])
+            if precision == "fp32":
+                where = first_divergence_from_torch(self._models[name], path, images, TOLERANCES[precision])
+            else:
+                where = first_divergence(folder / onnx_name(name), path, images, TOLERANCES[precision])
             raise VerificationError(f"{error}; {where}") from error
         return checked.to_dict()
 

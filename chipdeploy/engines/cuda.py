@@ -50,6 +50,7 @@ class Replay:
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._enqueue = enqueue
         self._graph: torch.cuda.CUDAGraph | None = None
+        torch.cuda.synchronize()  # weights and buffers may still be on their way, on another stream
         with torch.cuda.stream(self.stream):
             for _ in range(WARM_UP):
                 self.result = enqueue()

@@ -33,7 +33,7 @@ FOR_TENSORRT = (
 
 @dataclass(frozen=True)
 class PrecisionOptions:
-    """How a network is converted. minmax and percentile come nearer to the logits of resnet20 on CIFAR-10 than entropy.
+    """How a network is converted.
 
     Args:
         keep_io: images and logits stay float32. They become fp16 where False, but for int8 with an fp32 rest.

@@ -1,7 +1,7 @@
 """int8 by QuantizeLinear and DequantizeLinear nodes, in the form that TensorRT's parsers take.
 
 Inputs and weights of weighted layers are quantised, their outputs are not: what follows them (a sum, an activation) is
-fused into the layer and keeps its resolution. On resnet20 that is 27 dB of the logits against 14 dB with outputs.
+fused into the layer and keeps its resolution.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BENCH, EXPORT = "bench.json", "export.json"
 NETWORKS = ("dense", "pruned")
 DEFAULT_TARGETS = ("ort-cpu",)
+LAYER_RUNS = 20
 OnBlock = Callable[[str, int, int], None]  # what is measured, blocks done, blocks in all
 
 
@@ -36,14 +37,16 @@ def bench_run(
     batches: Sequence[int] = (1, 32),
     threads: int = 1,
     seconds: float = 5.0,
+    layers: bool = False,
     on_block: OnBlock | None = None,
 ) -> list[dict[str, Any]]:
     """Time the dense against the pruned network on every target at every batch size; all is kept in bench.json.
 
-    On a GPU each batch size is timed twice: from host to host, and on the device by its own clock.
+    On a GPU each batch size is timed twice: from host to host, and on the device by its own clock. `layers` adds the
+    times of both networks' layers, from runs of their own.
 
     Raises:
-        UsageError: an unknown target.
+        UsageError: an unknown target, or `layers` of one that does not tell them.
         RunError, ExportError: nothing was exported for a target, or a file was edited since.
         MissingError: a target's package or device is not here.
     """
@@ -61,7 +64,13 @@ def bench_run(
         for batch in batches:
             images = np.random.default_rng(0).standard_normal((batch, *shape), dtype=np.float32)
             tell = partial(on_block, f"{target.name}, batch {batch}") if on_block else None
-            results += _measure(target, (dense, pruned, control), images, seconds, tell)
+            measured = _measure(target, (dense, pruned, control), images, seconds, tell)
+            if layers:
+                measured[0]["layers"] = {
+                    name: [asdict(layer) for layer in engine.layer_times(images, LAYER_RUNS)]
+                    for name, engine in zip(NETWORKS, (dense, pruned), strict=True)
+                }
+            results += measured
     run.write(BENCH, results)
     return results
 

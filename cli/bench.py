@@ -14,6 +14,9 @@ from .progress import steps
 if TYPE_CHECKING:
     from chipdeploy.latency.measure import Comparison
 
+ENGINES = {"dense": "engine", "pruned": "pruned_engine"}
+SLOWEST = 5
+
 
 def bench(
     run: options.RunDir = None,
@@ -23,6 +26,9 @@ def bench(
     batch: Annotated[str, typer.Option("--batch", help="Batch sizes, with commas between.")] = "1,32",
     threads: Annotated[int, typer.Option("--threads", help="Threads of a runtime on the CPU.")] = 1,
     seconds: Annotated[float, typer.Option("--seconds", help="About how long to measure each batch size.")] = 5.0,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show the slowest layers too, from a profile of its own.")
+    ] = False,
     trtexec: Annotated[
         str | None, typer.Option("--trtexec", help="Files of trtexec --exportTimes to show beside, commas between.")
     ] = None,
@@ -44,6 +50,7 @@ def bench(
             batches=batch_sizes(batch),
             threads=threads,
             seconds=seconds,
+            layers=layers,
             on_block=progress,
         )
     noisy = [item for item in results if comparison(item).noisy]
@@ -99,9 +106,21 @@ def print_bench(results: list[dict[str, Any]]) -> None:
             tails = ", ".join(f"{p} {value:.3f}" for p, value in measured.percentiles_ms(name).items())
             joules = measured.environment.get("joules", {}).get(name)
             energy = "" if joules is None else f", {joules / measured.batch * 1e3:.3g} mJ an image"
-            screen.print(f"  {name}: {tails} ms, {measured.batch / ms * 1e3:,.0f} images/s{energy}")
+            size = measured.environment.get(ENGINES[name], {}).get("device_memory_bytes")
+            memory = "" if size is None else f", {size / 1e6:.1f} MB on the device"
+            screen.print(f"  {name}: {tails} ms, {measured.batch / ms * 1e3:,.0f} images/s{energy}{memory}")
+        for name, times in item.get("layers", {}).items():
+            print_layers(name, times)
         if dropped := measured.environment.get("throttled_blocks"):
             note(f"note: {dropped} blocks in which the GPU slowed itself down were measured again")
+
+
+def print_layers(name: str, times: list[dict[str, Any]]) -> None:
+    """The layers that take longest, and what they take together."""
+    total = sum(layer["ms"] for layer in times)
+    slowest = sorted(times, key=lambda layer: -layer["ms"])[:SLOWEST]
+    shown = ", ".join(f"{layer['name']} ({layer['kind']}) {layer['ms']:.3f} ms" for layer in slowest)
+    console().print(f"  {name}, {len(times)} layers, {total:.3f} ms together: {shown}")
 
 
 def print_trtexec(item: dict[str, Any]) -> None:

@@ -21,12 +21,12 @@ Images = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Mean time of one layer in an inference.
+    """Time of one layer in an inference.
 
     Args:
         name: as the runtime calls it; after fusion a layer may be many of the network's.
         kind: the operator, or what the runtime calls it.
-        ms: milliseconds an inference.
+        ms: milliseconds an inference: the median of the runs where the runtime tells them apart, else their mean.
     """
 
     name: str

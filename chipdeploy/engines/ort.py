@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from chipdeploy.engines.base import Images, LayerTime, check_images, check_options, engine
@@ -111,7 +112,7 @@ class OrtEngine:
         return session, binding
 
     def layer_times(self, images: Images, runs: int) -> list[LayerTime]:
-        """Mean kernel times of the nodes, from ONNX Runtime's own profile of `runs` inferences after three others."""
+        """Median kernel times of the nodes, from ONNX Runtime's own profile of `runs` inferences after three others."""
         check_images(self.path.name, images, self.input_shape)
         warm_up = 3
         with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +120,7 @@ class OrtEngine:
             for _ in range(warm_up + runs):
                 session.run([self._output], {self._input: images})
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        return _mean_times(events, warm_up)
+        return _median_times(events, warm_up)
 
     def describe(self) -> dict[str, Any]:
         """Runtime, version, provider, threads and shapes; JSON values only."""
@@ -139,18 +140,15 @@ class OrtEngine:
         return facts
 
 
-def _mean_times(events: list[Mapping[str, Any]], warm_up: int) -> list[LayerTime]:
-    """Of every node, the mean over all runs but the first `warm_up`, in the order of the first run."""
+def _median_times(events: list[Mapping[str, Any]], warm_up: int) -> list[LayerTime]:
+    """Of every node, the median over all runs but the first `warm_up`, in the order of the first run."""
     found: dict[tuple[str, str], list[float]] = {}
     for event in events:
         name = str(event.get("name", ""))
         if event.get("cat") == "Node" and name.endswith("_kernel_time"):
             key = name.removesuffix("_kernel_time"), str(event.get("args", {}).get("op_name", ""))
             found.setdefault(key, []).append(float(event["dur"]) / 1e3)  # microseconds
-    return [
-        LayerTime(name, kind, sum(times[warm_up:]) / max(1, len(times) - warm_up))
-        for (name, kind), times in found.items()
-    ]
+    return [LayerTime(name, kind, median(times[warm_up:] or times)) for (name, kind), times in found.items()]
 
 
 @engine("ort")

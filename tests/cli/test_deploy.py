@@ -66,6 +66,18 @@ def test_programs_get_the_same_facts(exported, call):
     assert list(facts["engines"]) == ["rtx-fp32", "rtx-int8"]
 
 
+def test_the_slowest_layers_are_shown(exported, call):
+    run, _, _ = exported
+    outcome = call("bench", "--run", run, "--batch", "1", "--seconds", "0.1", "--layers")
+    for name in ("dense", "pruned"):
+        (line,) = [line for line in outcome.out.splitlines() if line.startswith(f"  {name}, ")]
+        assert "layers" in line and "(Conv)" in line
+    (item,) = json.loads((run / "bench.json").read_text())
+    for name in ("dense", "pruned"):
+        assert sum(layer["kind"] == "Conv" for layer in item["layers"][name]) >= 10
+    assert "does not tell the times of layers" in call("bench", "--run", run, "--on", "torch-cpu", "--layers").error
+
+
 def test_trtexec_times_are_shown_beside(exported, call, tmp_path):
     run, _, _ = exported
     path = tmp_path / "times.json"

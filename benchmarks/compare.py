@@ -142,7 +142,8 @@ def _run(method: str, job: Job, dense: Path, options: argparse.Namespace, work: 
         finetune(job, small, epochs)
         facts["epochs"] = epochs
     seconds = time.monotonic() - started
-    return facts | _count(model, small, job) | _latency(model, small, job, work) | {"seconds": round(seconds)}
+    machine = {"seconds": round(seconds), "machine": environment()["machine"]}
+    return facts | _count(model, small, job) | _latency(model, small, job, work) | machine
 
 
 def finetune(job: Job, model: nn.Module, epochs: int) -> None:

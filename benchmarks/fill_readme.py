@@ -86,7 +86,10 @@ def section(path: Path) -> str:
     store = json.loads(path.read_text(encoding="utf-8"))
     settings = store["settings"]
     start = "the given checkpoint" if settings["given_weights"] else f"{settings['dense_epochs']} epochs of training"
-    machine = environment_line(store["environment"])
+    # Cells may come from several machines; the ratios of a cell are of one.
+    machine = "; ".join(
+        sorted({cell.get("machine", environment_line(store["environment"])) for cell in store["cells"]})
+    )
     lines = [
         f"{settings['model']} on {settings['data']}, dense {store['dense_test']:.2%}, from {start}; "
         f"{settings['total']} epochs in all for every method, {settings['soft']} of them soft in chipdeploy. "

@@ -31,6 +31,7 @@ RESAMPLES = 2000
 P90_SAMPLES, P99_SAMPLES = 64, 662  # MLPerf's floors: below them a percentile is noise.
 CONTROL_BIAS = 0.05
 CONTROL_SPREAD = 0.25
+VECTORS = {"amx_tile": "AMX", "avx512_vnni": "AVX-512 VNNI", "avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
 MAX_DROPPED = 2  # times as many throttled blocks as wanted ones: after that the device will not calm down
 PACKAGES = (
     "chipdeploy",
@@ -299,9 +300,12 @@ def environment() -> dict[str, Any]:
     """The machine and the packages, as JSON values. No host, user or path is named; no package is imported."""
     cpu, cores, threads = _cpu_model(), _cores(), _threads()
     gpu = "an NVIDIA GPU" if Path("/dev/nvidia0").exists() else "no GPU"
+    # Processors of one name differ by what a vector holds, and so does the time of every kernel.
+    vectors = next((isa for flag, isa in VECTORS.items() if flag in _cpuinfo("flags").split()), "")
     return {
-        "machine": f"{cpu}, {cores} core{'s' if cores > 1 else ''}, {gpu}",
+        "machine": ", ".join(filter(None, (cpu, vectors, f"{cores} core{'s' if cores > 1 else ''}", gpu))),
         "cpu": cpu,
+        "vectors": vectors,
         "cores": cores,
         "threads": threads,
         "frequency_mhz": _frequency_mhz(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from chipdeploy.training.data import ImageData, load_data
 if TYPE_CHECKING:
     from torch import Tensor
 
+EXPORTED = re.compile(r"(dense|pruned)[^/]*\.(onnx|engine|engine\.json|engine\.cache)")
 VERIFY_IMAGES = 64
 CALIBRATION_IMAGES = 512
 SENSITIVITY_IMAGES = 128  # one run over them a layer
@@ -136,8 +138,13 @@ def _aside(run: Run) -> Iterator[Path]:
     make_folder(folder)
     try:
         yield folder
-        for path in folder.iterdir():
-            path.replace(run.file(path.name))
+        made = {path.name for path in folder.iterdir()}
+        for name in made:
+            (folder / name).replace(run.file(name))
+        # What an earlier export made and this one did not would belong to no record.
+        for path in run.path.iterdir():
+            if EXPORTED.fullmatch(path.name) and path.name not in made:
+                path.unlink()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

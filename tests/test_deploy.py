@@ -352,6 +352,15 @@ def test_options_that_make_no_sense(wrong, message):
         ExportOptions(**wrong)
 
 
+def test_files_of_an_earlier_export_do_not_stay(deployed, tmp_path):
+    run = Run(Path(shutil.copytree(deployed[0].path, tmp_path / "run")))
+    run.file("pruned-rtx-fp16.engine.cache").write_bytes(b"kernels")
+    export_run(run)
+    left = sorted(path.name for path in run.path.iterdir() if ".onnx" in path.name or ".engine" in path.name)
+    assert left == ["dense.onnx", "pruned.onnx"]
+    assert run.file("pruned.safetensors").is_file()
+
+
 def test_a_bundle_holds_the_pruned_network(deployed, tmp_path):
     run, facts, _ = deployed
     manifest = bundle_run(run, tmp_path / "bundle")

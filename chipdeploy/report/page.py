@@ -8,6 +8,7 @@ from pathlib import Path
 from chipdeploy.errors import RunError
 from chipdeploy.files import atomic
 from chipdeploy.latency.measure import Comparison, headline
+from chipdeploy.report.files import choice_section, engines_section, files_section
 from chipdeploy.report.plots import channels_plot
 from chipdeploy.report.tables import (
     NOTHING,
@@ -101,7 +102,9 @@ def _page(
         f"![channels kept in each layer]({PICTURE})",
         _removed(result["removed_branches"]),
         _measurement(comparisons),
-        _verification(export),
+        files_section(export),
+        choice_section(export),
+        engines_section(export),
         _environment(comparisons),
         _history(metrics),
         _next(export, comparisons),
@@ -148,7 +151,7 @@ def _measurement(comparisons: Sequence[Comparison]) -> str:
     )
     lines = [
         (
-            str(item.batch),
+            item.where,
             str(len(item.dense_s)),
             f"{item.ratio:.3f} ({_interval(item.ratio_interval)})",
             f"{item.control_ratio:.3f} ({_interval(item.control_interval)})",
@@ -157,7 +160,7 @@ def _measurement(comparisons: Sequence[Comparison]) -> str:
         )
         for item in comparisons
     ]
-    headers = ("batch", "blocks", "pruned / dense", "control / dense", "control spread", "noise")
+    headers = ("", "blocks", "pruned / dense", "control / dense", "control spread", "noise")
     parts = ("## How it was measured", method, markdown_grid(headers, lines), _percentiles(comparisons))
     return "\n\n".join(parts)
 
@@ -169,7 +172,7 @@ def _interval(interval: tuple[float, float]) -> str:
 def _percentiles(comparisons: Sequence[Comparison]) -> str:
     lines = [
         (
-            f"{network}, batch {item.batch}",
+            f"{network}, {item.where}",
             *(f"{times[p]:.3f}" if p in times else NOTHING for p in ("p50", "p90", "p99")),
         )
         for item in comparisons
@@ -178,25 +181,6 @@ def _percentiles(comparisons: Sequence[Comparison]) -> str:
     ]
     note = "Milliseconds an inference of the whole batch; p90 needs 64 inferences, p99 needs 662."
     return f"{markdown_grid(('latency', 'p50 ms', 'p90 ms', 'p99 ms'), lines)}\n\n{note}"
-
-
-def _verification(export: Artifact | None) -> str:
-    """How well the exported files agree with the networks."""
-    checks = (export or {}).get("verification")
-    if not checks:
-        return ""
-    lines = [
-        (
-            name,
-            f"{check['max_relative_error']:.1e}",
-            f"{check['tolerance']:.0e}",
-            percent_text(check["top1_agreement"]),
-            ", ".join(map(str, check["batches"])),
-        )
-        for name, check in checks.items()
-    ]
-    headers = ("ONNX file", "largest relative error", "allowed", "same class", "batches")
-    return f"## ONNX against torch\n\n{markdown_grid(headers, lines)}"
 
 
 def _environment(comparisons: Sequence[Comparison]) -> str:

@@ -187,7 +187,7 @@ def test_the_page_tells_the_whole_story(tmp_path):
         "Validation accuracy around the cut: 81 % soft, 80 % cut.",
         "![channels kept in each layer](channels.svg)",
         "1: `layer1.0`.",
-        "| 1 | 40 | 0.500 (0.500-0.500) | 1.000 (1.000-1.000) | 0.0 % | quiet |",
+        "| batch 1 | 40 | 0.500 (0.500-0.500) | 1.000 (1.000-1.000) | 0.0 % | quiet |",
         "| dense, batch 1 | 0.470 | - | - |",  # 40 inferences: no p90, no p99
         "| pruned | 2.7e-07 | 1e-04 | 100 % | 1, 8 |",
         "- machine: Fast CPU, 2 cores, no GPU",

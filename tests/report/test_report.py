@@ -189,7 +189,7 @@ def test_the_page_tells_the_whole_story(tmp_path):
         "1: `layer1.0`.",
         "| batch 1 | 40 | 0.500 (0.500-0.500) | 1.000 (1.000-1.000) | 0.0 % | quiet |",
         "| dense, batch 1 | 0.470 | - | - |",  # 40 inferences: no p90, no p99
-        "| pruned | 2.7e-07 | 1e-04 | 100 % | 1, 8 |",
+        "| 2.7e-07 | 1e-04 | 100 % | 1, 8 | - |",
         "- machine: Fast CPU, 2 cores, no GPU",
         "- load after: 1.00, 0.50, 0.40 (1, 5, 15 minutes)",
         "- packages: python 3.11.9, onnxruntime 1.32.0",

@@ -3,7 +3,7 @@
 
     targets.py --out results/targets-cpu.json                                  what a machine without a GPU can run
     targets.py --out results/targets-h200.json --targets torch-cuda-fp32,torch-cuda-fp16,torch-cuda-bf16,\\
-        torch-cuda-fp16-compile,ort-cuda,rtx-fp16 --batches 1,32,256
+        torch-cuda-fp16-compile,ort-cuda,rtx-fp16,trt-fp16 --batches 1,32,256
 
 Weights are random: a latency does not depend on them. Networks are cut to 0.5 and 0.3 of the MACs, and to 0.5 of the
 dense time on the target itself, found by measuring. A cell that the output file holds is not run again; a target that
@@ -28,9 +28,10 @@ from chipdeploy.chipnet.project import Projector
 from chipdeploy.engines.base import Engine, open_engine
 from chipdeploy.engines.build import BuildOptions, build_engine
 from chipdeploy.engines.target import Target
-from chipdeploy.errors import ChipdeployError
+from chipdeploy.errors import ChipdeployError, VerificationError
 from chipdeploy.export.onnx import export_onnx
 from chipdeploy.export.precision import convert
+from chipdeploy.export.verify import TOLERANCES
 from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.plan import PrunePlan, group_widths
 from chipdeploy.graph.surgery import hard_prune
@@ -43,6 +44,7 @@ from chipdeploy.training.models import build_model
 MODELS = {"resnet56": 32, "mobilenetv2": 32, "torchvision:resnet50": 224}  # and the size of their images
 CPU_TARGETS = "ort-cpu,torch-cpu"
 KEEPS = (0.5, 0.3)
+CHECKED = 8  # images of a batch whose logits are compared with torch's
 LATENCY, TOLERANCE, TRIES = 0.5, 0.03, 6
 
 
@@ -160,7 +162,7 @@ class Bench:
         watches = [engine.stopwatch(self._images) for engine in engines]
         if all(watches):
             calls["device"] = watches
-        found: dict[str, Any] = {"engine": self._dense.describe()}
+        found: dict[str, Any] = {"engine": self._dense.describe(), "error": self._error(small, engines[1])}
         for clock, (dense, pruned, control) in calls.items():
             measured = compare(
                 dense,
@@ -174,6 +176,18 @@ class Bench:
             found[clock] = _facts(measured)
         # The device's own time is what pruning changes; host to host is what a caller sees.
         return found | {"ratio": found["device" if "device" in found else "end to end"]["ratio"]}
+
+    def _error(self, small: nn.Module, engine: Engine) -> float:
+        """Largest difference of a logit from torch in fp32 on the CPU, over the largest logit."""
+        with torch.inference_mode():
+            expected = small.cpu()(torch.from_numpy(self._images[:CHECKED])).numpy()
+        got = engine.run(self._images)[:CHECKED]
+        error = float(np.abs(expected - got).max() / np.abs(expected).max())
+        if not error <= max(1e-3, TOLERANCES[self._target.precision]):
+            raise VerificationError(
+                f"{self._target.name} is off by {error:.2g} of the largest logit; look at the engine"
+            )
+        return error
 
     def _engine(self, model: nn.Module, name: str) -> Engine:
         if self._target.runtime == "torch":

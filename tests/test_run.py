@@ -227,7 +227,17 @@ def test_the_lock_of_a_killed_process_is_free(run, holder):
         assert run.file("lock").read_text().strip() == str(os.getpid())
 
 
-@pytest.mark.parametrize("content", ["", "nonsense", "1\n", f"{os.getpid()}\n", "-1", "9" * 40])
+CONTENTS = {
+    "empty": "",
+    "words": "nonsense",
+    "init": "1\n",
+    "us": f"{os.getpid()}\n",
+    "negative": "-1",
+    "huge": "9" * 40,
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
 def test_what_a_lock_file_says_locks_nobody_out(run, content):
     run.file("lock").write_text(content)
     with run.locked():

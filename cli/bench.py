@@ -9,7 +9,6 @@ import typer
 
 from . import options
 from .output import console, note, print_json
-from .progress import steps
 
 if TYPE_CHECKING:
     from chipdeploy.latency.measure import Comparison
@@ -40,6 +39,8 @@ def bench(
     from chipdeploy.errors import NoisyError
     from chipdeploy.latency.trtexec import read_trtexec
     from chipdeploy.run import Run
+
+    from .progress import steps
 
     foreign = [read_trtexec(Path(name.strip())).to_dict() for name in trtexec.split(",")] if trtexec else []
     directory = Run.open(run) if run else Run.latest(runs)

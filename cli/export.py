@@ -9,7 +9,6 @@ import typer
 
 from . import options
 from .output import console, note, print_json
-from .progress import steps
 
 if TYPE_CHECKING:
     from chipdeploy.deploy import ExportOptions
@@ -65,6 +64,8 @@ def export(
     """Export both networks of a run to ONNX, verify them on real images, and build engines where that is asked for."""
     from chipdeploy.deploy import Notes, bundle_run, export_run
     from chipdeploy.run import Run
+
+    from .progress import steps
 
     wanted = _wanted(
         precision=precision,

@@ -13,7 +13,7 @@ import numpy as np
 from chipdeploy.engines.base import Engine, Images, open_engine
 from chipdeploy.engines.target import Target
 from chipdeploy.engines.trt import EngineManifest
-from chipdeploy.errors import RunError
+from chipdeploy.errors import InputError, RunError, UsageError
 from chipdeploy.export.onnx import check_digest
 from chipdeploy.latency.gpu import GpuWatch
 from chipdeploy.latency.measure import Comparison, compare
@@ -50,8 +50,13 @@ def bench_run(
         RunError, ExportError: nothing was exported for a target, or a file was edited since.
         MissingError: a target's package or device is not here.
     """
-    wanted = [Target.parse(text) for text in targets]
-    exported = read_json(run.check(EXPORT)) if run.file(EXPORT).is_file() else None
+    wanted = list(dict.fromkeys(Target.parse(text) for text in targets))
+    batches = tuple(dict.fromkeys(batches))
+    if layers and (silent := [target.name for target in wanted if target.runtime == "torch"]):
+        raise UsageError(
+            f"{silent[0]} does not tell the times of layers; leave --layers out, or use an ort or trt target"
+        )
+    exported = read_json(run.check(EXPORT, maker="export")) if run.file(EXPORT).is_file() else None
     if exported is None:
         raise RunError(f"{run.path} has no ONNX files yet; run 'chipdeploy export --run {run.path}' first")
     shape = tuple(read_json(run.check(DATA))["shape"])
@@ -76,7 +81,12 @@ def bench_run(
 
 
 def _check_batches(run: Run, exported: Mapping[str, Any], target: Target, batches: Sequence[int]) -> None:
-    """Raises InputError for a batch that an engine was not built for."""
+    """Raises InputError for a batch that the files were not made for."""
+    if largest := [batch for batch in batches if batch > exported["max_batch"] and target.runtime != "torch"]:
+        raise InputError(
+            f"the files of {run.path} are made for batches up to {exported['max_batch']}, got {largest[0]}; "
+            f"run 'chipdeploy export --max-batch {largest[0]} --run {run.path}' first"
+        )
     if not target.builds:
         return
     for network in NETWORKS:

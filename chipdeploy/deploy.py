@@ -17,16 +17,18 @@ import torch
 from chipdeploy.bench import BENCH, EXPORT, NETWORKS
 from chipdeploy.config import PruneConfig
 from chipdeploy.engines.base import Engine, Images, open_engine
-from chipdeploy.engines.build import BuildOptions, Progress, build_engine
+from chipdeploy.engines.build import BuildOptions, Progress, build_engine, check_buildable
 from chipdeploy.engines.target import TENSORRT, Target
+from chipdeploy.engines.trt import CACHE
 from chipdeploy.errors import InputError, RunError, UsageError, VerificationError
-from chipdeploy.export.bundle import write_bundle
+from chipdeploy.export.bundle import check_request, write_bundle
 from chipdeploy.export.choose import choose
 from chipdeploy.export.divergence import first_divergence, first_divergence_from_torch
 from chipdeploy.export.onnx import export_onnx
-from chipdeploy.export.precision import PRECISIONS, PrecisionOptions, convert
+from chipdeploy.export.precision import PRECISIONS, PrecisionOptions, check_options, convert
 from chipdeploy.export.sensitivity import sensitivity
 from chipdeploy.export.verify import TOLERANCES, verify_engine
+from chipdeploy.files import digest
 from chipdeploy.pipeline import DATA, PLAN, RESULT, load, prepare
 from chipdeploy.report.page import write_report
 from chipdeploy.run import CONFIG, Run, make_folder, read_json
@@ -89,6 +91,7 @@ class ExportOptions:
             raise UsageError(f"the drop is a number of points from 0 to 100, got {self.max_drop}")
         if self.keep_worst < 0:
             raise UsageError(f"the layers that stay in float are counted from 0 on, got {self.keep_worst}")
+        check_options(self.precision)
 
     @property
     def all_precisions(self) -> tuple[str, ...]:
@@ -111,6 +114,8 @@ class Notes:
 def export_run(run: Run, options: ExportOptions | None = None, notes: Notes | None = None) -> dict[str, Any]:
     """Write dense and pruned network in all precisions, check each against PyTorch on real images, build the engines.
 
+    Exports add up: precisions and engines of an earlier one stay where the fp32 networks are still the same.
+
     Raises:
         RunError: the run is not finished, or a file of it was changed.
         ExportError: a network cannot be exported, converted or built.
@@ -119,11 +124,14 @@ def export_run(run: Run, options: ExportOptions | None = None, notes: Notes | No
             stays as it was.
     """
     options, notes = options or ExportOptions(), notes or Notes()
+    for runtime in options.all_runtimes:
+        check_buildable(runtime, options.build.gpus)
     described = read_json(run.check(DATA))
     data = _data(run, described["digest"])
     job = _Export(run, options, notes, described, data)
-    with _aside(run) as folder:
-        facts = job.write(folder)
+    with _aside(run) as (folder, keep):
+        facts = _with_earlier(run, job.write(folder))
+        keep |= _files(facts)
     run.file(BENCH).unlink(missing_ok=True)  # it timed files that are gone
     run.write(EXPORT, facts)
     run.seal([EXPORT])
@@ -131,22 +139,55 @@ def export_run(run: Run, options: ExportOptions | None = None, notes: Notes | No
 
 
 @contextmanager
-def _aside(run: Run) -> Iterator[Path]:
-    """Files are made and checked aside: one of a final name was verified, and a failure leaves an older export."""
+def _aside(run: Run) -> Iterator[tuple[Path, set[str]]]:
+    """Files are made and checked aside: one of a final name was verified, and a failure leaves an older export.
+
+    Yields the folder, and a set to fill with the names of all files that belong to the run from now on.
+    """
+    keep: set[str] = set()
     folder = run.file(".export")
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
     make_folder(folder)
     try:
-        yield folder
-        made = {path.name for path in folder.iterdir()}
-        for name in made:
-            (folder / name).replace(run.file(name))
-        # What an earlier export made and this one did not would belong to no record.
+        yield folder, keep
+        for path in folder.iterdir():
+            path.replace(run.file(path.name))
+        # What an earlier export made, and no record names any more.
         for path in run.path.iterdir():
-            if EXPORTED.fullmatch(path.name) and path.name not in made:
+            if EXPORTED.fullmatch(path.name) and path.name.removesuffix(".json").removesuffix(CACHE) not in keep:
                 path.unlink()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _with_earlier(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
+    """The record of an export, with what an earlier one made of the same fp32 networks and nobody touched since."""
+    try:
+        before = read_json(run.check(EXPORT, maker="export"))
+        same = all(before[name]["sha256"] == facts[name]["sha256"] for name in NETWORKS)
+        if not same or before["max_batch"] != facts["max_batch"]:
+            return facts
+        precisions = {k: e for k, e in before["precisions"].items() if _intact(run, e, "sha256")}
+        engines = {k: e for k, e in before["engines"].items() if _intact(run, e, "engine_sha256")}
+    except (RunError, KeyError, TypeError):  # there was none, or not one of this version
+        return facts
+    merged = facts | {"precisions": precisions | facts["precisions"], "engines": engines | facts["engines"]}
+    chosen = before.get("best")
+    if chosen and "best" not in facts and chosen["precision"] in {"fp32", *merged["precisions"]}:
+        merged["best"] = chosen
+    return merged
+
+
+def _intact(run: Run, entry: dict[str, Any], key: str) -> bool:
+    """Whether both networks' files are those of the record."""
+    paths = {run.file(entry[name]["file"]): entry[name][key] for name in NETWORKS}
+    return all(path.is_file() and digest(path) == sha256 for path, sha256 in paths.items())
+
+
+def _files(facts: dict[str, Any]) -> set[str]:
+    """Names of the ONNX and engine files of a record."""
+    entries = [facts, *facts["precisions"].values(), *facts["engines"].values()]
+    return {entry[name]["file"] for entry in entries for name in NETWORKS}
 
 
 class _Export:
@@ -294,11 +335,11 @@ def accuracy(engine: Engine, data: ImageData, limit: int) -> dict[str, Any]:
     return {"top1": right / seen, "images": seen, "split": "validation"}
 
 
-def _data(run: Run, digest: str) -> ImageData:
+def _data(run: Run, sha256: str) -> ImageData:
     """The run's own data. The test images are not touched here."""
     # Where the images come from matters here, not what the run trained on: a GPU run may be exported on a CPU machine.
     data = prepare(PruneConfig(**read_json(run.check(CONFIG)) | {"device": "cpu"})).data
-    if data.digest != digest:
+    if data.digest != sha256:
         raise RunError(f"the data of {run.path} changed since it was made; put them back, or make the run again")
     return data
 
@@ -330,11 +371,11 @@ def _first(batches: Iterator[tuple[Tensor, Tensor]], count: int) -> Iterator[tup
 
 def _metadata(run: Run, data: dict[str, Any], name: str) -> dict[str, str]:
     plan = read_json(run.check(PLAN))
-    digest = read_json(run.check(RESULT))["plan_digest"] if plan else ""
+    plan_sha256 = read_json(run.check(RESULT))["plan_digest"] if plan else ""
     return {
         "chipdeploy.network": name,
         "chipdeploy.model": Path(run.config["model"]).name,
-        "chipdeploy.plan_sha256": digest if name == "pruned" else "",
+        "chipdeploy.plan_sha256": plan_sha256 if name == "pruned" else "",
         "chipdeploy.classes": "\n".join(data["classes"]),
         "chipdeploy.mean": ",".join(f"{value:.8g}" for value in data["mean"]),
         "chipdeploy.std": ",".join(f"{value:.8g}" for value in data["std"]),
@@ -350,7 +391,7 @@ def bundle_run(run: Run, folder: Path, *, preprocess: bool = False, top_k: int |
         RunError: nothing was exported yet. ExportError: a file was edited since, or the folder cannot be used.
         UsageError: `top_k` without `preprocess`, or out of range.
     """
-    exported = read_json(run.check(EXPORT))
+    exported = read_json(run.check(EXPORT, maker="export"))
     precision = exported["best"]["precision"] if "best" in exported else exported["asked"]
     facts = exported if precision == "fp32" else exported["precisions"][precision]
     engines = [run.file(entry["pruned"]["file"]) for entry in exported["engines"].values()]
@@ -367,6 +408,18 @@ def bundle_run(run: Run, folder: Path, *, preprocess: bool = False, top_k: int |
     )
 
 
+def check_bundle(run: Run, folder: Path, *, preprocess: bool = False, top_k: int | None = None) -> None:
+    """Raise what `bundle_run` would raise for any network: before an export, not after it.
+
+    Raises:
+        UsageError, ExportError: as `bundle_run`.
+    """
+    place = folder.resolve()
+    if place.is_relative_to(run.path.resolve()):
+        raise UsageError(f"{folder} lies in the run {run.path}; choose a folder of its own for the bundle")
+    check_request(folder, len(read_json(run.check(DATA))["classes"]), preprocess=preprocess, top_k=top_k)
+
+
 def _metadata_facts(run: Run) -> dict[str, Any]:
     result = read_json(run.check(RESULT))
     return {"budget": result["budget"], "accuracy": result["accuracy"], "plan_sha256": result["plan_digest"]}
@@ -379,7 +432,7 @@ def report_run(run: Run) -> Path:
         RunError: the run is not finished, an artifact was changed or is damaged, or the folder cannot be written.
     """
     result = read_json(run.check(RESULT))
-    exported = read_json(run.check(EXPORT)) if run.file(EXPORT).is_file() else None
+    exported = read_json(run.check(EXPORT, maker="export")) if run.file(EXPORT).is_file() else None
     measured = run.read_if(BENCH)
     if measured is not None and not (isinstance(measured, list) and all(isinstance(item, dict) for item in measured)):
         raise RunError(f"{run.file(BENCH)} is damaged; run 'chipdeploy bench --run {run.path}' again")

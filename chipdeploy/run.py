@@ -115,6 +115,8 @@ class Run:
         manifest = _read_object(self.path / MANIFEST)
         if manifest.get("schema") != SCHEMA:
             raise RunError(f"{self.path} has schema {manifest.get('schema')}; this version reads schema {SCHEMA}")
+        if not isinstance(manifest.get("sha256", {}), dict):
+            raise RunError(f"{self.path / MANIFEST} is damaged: its digests are no object; make the run again")
         return manifest
 
     @property
@@ -160,15 +162,15 @@ class Run:
         manifest["sha256"] = {**manifest.get("sha256", {}), **{n: digest(self.path / n) for n in names}}
         write_json(self.path / MANIFEST, manifest)
 
-    def check(self, name: str) -> Path:
-        """The path of a sealed artifact. Raises RunError where it is missing or was changed."""
+    def check(self, name: str, *, maker: str = "prune") -> Path:
+        """The path of a sealed artifact of the command `maker`. Raises RunError where it is missing or was changed."""
         path, sealed = self.path / name, self.manifest.get("sha256", {}).get(name)
+        again = "" if maker == "prune" else f"run 'chipdeploy {maker} --run {self.path}' again"
         if sealed is None or not path.is_file():
-            raise RunError(
-                f"{self.path} has no finished {name}; finish it by its own 'chipdeploy prune' command with --run"
-            )
+            fix = again or "finish it by its own 'chipdeploy prune' command with --run"
+            raise RunError(f"{self.path} has no finished {name}; {fix}")
         if digest(path) != sealed:
-            raise RunError(f"{path} was changed after it was written (digest differs); make the run again")
+            raise RunError(f"{path} was changed after it was written (digest differs); {again or 'make the run again'}")
         return path
 
     def finish(self, command: str) -> None:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .output import console, note, print_json
+from .output import console, note, print_json, quoted
 
 if TYPE_CHECKING:
     from chipdeploy.latency.measure import Comparison
 
 ENGINES = {"dense": "engine", "pruned": "pruned_engine"}
 SLOWEST = 5
+LARGEST_BATCH = 65536
 
 
 def bench(
@@ -67,7 +68,7 @@ def bench(
             "bench again on a quieter machine or with more --seconds"
         )
     if not json:
-        console().print(f"next: chipdeploy report --run {directory.path}")
+        console().print(f"next: chipdeploy report --run {quoted(directory.path)}")
 
 
 def batch_sizes(text: str) -> list[int]:
@@ -78,8 +79,11 @@ def batch_sizes(text: str) -> list[int]:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
         sizes = [0]
-    if min(sizes) < 1:
-        raise UsageError(f"--batch takes whole numbers from 1 on with commas between, got {text!r}; e.g. --batch 1,32")
+    if not 1 <= min(sizes) <= max(sizes) <= LARGEST_BATCH:
+        raise UsageError(
+            f"--batch takes whole numbers from 1 to {LARGEST_BATCH} with commas between, got {text!r}; "
+            "e.g. --batch 1,32"
+        )
     return sizes
 
 

@@ -30,7 +30,7 @@ def doctor(json: options.Json = False) -> None:
             raise typer.Exit(MissingError.exit_code)
         return
     _print(checks, ready)
-    console().print(f"next: {step}", markup=False)
+    console().print(f"next: {step}")
     require(checks)
 
 
@@ -38,11 +38,11 @@ def _print(checks: Sequence[Check], ready: Sequence[Readiness]) -> None:
     """One line a check and a target."""
     screen = console()
     for check in checks:
-        screen.print(f"{check.name:<21} {check.status:<8} {_sentence(check.detail, check.fix)}", markup=False)
+        screen.print(f"{check.name:<21} {check.status:<8} {_sentence(check.detail, check.fix)}")
     for target in ready:
         builds = "" if target.builds is None else f", {'builds' if target.builds else 'cannot build'}"
         status = f"{'runs' if target.runs else 'cannot run'}{builds}"
-        screen.print(f"{target.name:<21} {status}: {_sentence(target.detail, target.fix)}", markup=False)
+        screen.print(f"{target.name:<21} {status}: {_sentence(target.detail, target.fix)}")
 
 
 def _sentence(detail: str, fix: str) -> str:

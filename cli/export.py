@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .output import console, note, print_json
+from .output import console, note, print_json, quoted
 
 if TYPE_CHECKING:
     from chipdeploy.deploy import ExportOptions
@@ -32,8 +32,9 @@ def export(
         str | None, typer.Option("--gpu", help="Compute capabilities for --rtx, e.g. sm86,sm89; needs no GPU here.")
     ] = None,
     batch: Annotated[
-        str, typer.Option("--batch", help="Smallest:usual:largest batch of the engines.", metavar="MIN:OPT:MAX")
-    ] = "1:8:32",
+        str | None,
+        typer.Option("--batch", help="Smallest:usual:largest batch of the engines. [1:8:32]", metavar="MIN:OPT:MAX"),
+    ] = None,
     level: Annotated[int | None, typer.Option("--level", help="Effort of the build, 0 to 5.")] = None,
     workspace_mb: Annotated[int | None, typer.Option("--workspace-mb", help="Scratch memory of the engines.")] = None,
     calibration: Annotated[
@@ -41,11 +42,12 @@ def export(
         typer.Option("--calibration", help="Data to calibrate int8 with, as in --data. Default: the run's own."),
     ] = None,
     keep_float: Annotated[
-        int, typer.Option("--keep-float", help="So many layers, those that int8 hurts most, stay in float.")
-    ] = 0,
+        int | None,
+        typer.Option("--keep-float", help="So many layers, those whose int8 moves the logits most, stay in float."),
+    ] = None,
     rest: Annotated[
-        str, typer.Option("--int8-rest", help="What is not int8 in an int8 network: fp32, or fp16 for a GPU.")
-    ] = "fp32",
+        str | None, typer.Option("--int8-rest", help="What is not int8 in an int8 network: fp32 (default) or fp16.")
+    ] = None,
     method: Annotated[str | None, typer.Option("--calibration-method", help="minmax, entropy or percentile.")] = None,
     max_batch: Annotated[int, typer.Option("--max-batch", help="Largest batch that the ONNX files are made for.")] = 64,
     bundle: Annotated[
@@ -62,7 +64,7 @@ def export(
     json: options.Json = False,
 ) -> None:
     """Export both networks of a run to ONNX, verify them on real images, and build engines where that is asked for."""
-    from chipdeploy.deploy import Notes, bundle_run, export_run
+    from chipdeploy.deploy import Notes, bundle_run, check_bundle, export_run
     from chipdeploy.run import Run
 
     from .progress import steps
@@ -71,15 +73,20 @@ def export(
         precision=precision,
         max_drop=max_drop,
         runtimes=[name for name, asked in (("trt", trt), ("rtx", rtx)) if asked],
-        build={"batches": batch, "gpus": gpu, "level": level, "workspace_mb": workspace_mb},
-        calibration=calibration,
-        int8={"rest": rest} | ({} if method is None else {"method": method}),
-        keep_float=keep_float,
+        build={"--batch": batch, "--gpu": gpu, "--level": level, "--workspace-mb": workspace_mb},
+        int8={
+            "--calibration": calibration,
+            "--calibration-method": method,
+            "--int8-rest": rest,
+            "--keep-float": keep_float,
+        },
         max_batch=max_batch,
     )
-    if (with_preprocess or top_k) and bundle is None:
+    if (with_preprocess or top_k is not None) and bundle is None:
         _refuse("--with-preprocess and --top-k say what a bundle holds; add --bundle DIR")
     directory = Run.open(run) if run else Run.latest(runs)
+    if bundle:
+        check_bundle(directory, bundle, preprocess=with_preprocess, top_k=top_k)
     with directory.locked(), steps() as (step, progress):
         facts = export_run(directory, wanted, Notes(step, progress))
         if bundle:
@@ -90,9 +97,16 @@ def export(
         return
     print_export(facts, directory.path)
     if bundle:
-        console().print(f"bundle: {bundle}; run it with python {bundle / 'infer.py'} IMAGES.npy")
-    targets = ",".join(["ort-cpu", *facts["engines"]] if not gpu else ["ort-cpu"])
-    console().print(f"next: chipdeploy bench --on {targets} --run {directory.path}")
+        console().print(f"bundle: {bundle}; run it with python {quoted(bundle / 'infer.py')} IMAGES.npy")
+    targets = _targets(facts)
+    on = f"--on {','.join(targets)} " if len(targets) > 1 else ""
+    console().print(f"next: chipdeploy bench {on}--run {quoted(directory.path)}")
+
+
+def _targets(facts: dict[str, Any]) -> list[str]:
+    """What can be timed of an export: its precisions in ONNX Runtime, and engines that were built on this GPU."""
+    engines = [name for name, entry in facts["engines"].items() if entry["pruned"]["gpu_name"]]
+    return ["ort-cpu", *(f"ort-cpu-{precision}" for precision in facts["precisions"]), *engines]
 
 
 def _refuse(message: str) -> None:
@@ -107,9 +121,7 @@ def _wanted(
     max_drop: float | None,
     runtimes: list[str],
     build: dict[str, Any],
-    calibration: str | None,
-    int8: dict[str, str],
-    keep_float: int,
+    int8: dict[str, Any],
     max_batch: int,
 ) -> ExportOptions:
     """The options as the library takes them. Raises UsageError for those that do not go together."""
@@ -117,28 +129,42 @@ def _wanted(
     from chipdeploy.engines.build import BuildOptions, timing_cache
     from chipdeploy.export.precision import PrecisionOptions
 
-    best = precision == "best"
+    parts = [part.strip() for part in precision.split(",")]
+    best = parts == ["best"]
+    if "best" in parts and not best:
+        _refuse("--precision best makes fp32, fp16 and int8 itself; give it alone")
     if max_drop is not None and not best:
         _refuse("--max-drop says what --precision best may lose; add --precision best, or leave it out")
-    if build["gpus"] and "rtx" not in runtimes:
+    gpus = build.pop("--gpu")
+    if gpus is not None and "rtx" not in runtimes:
         _refuse("--gpu names the GPUs that --rtx builds for; add --rtx, or leave it out")
+    _refuse_idle(build, bool(runtimes), "an engine", "--trt or --rtx")
+    _refuse_idle(int8, best or "int8" in parts, "an int8 network", "--precision int8")
     return ExportOptions(
         max_batch=max_batch,
-        precisions=() if best else tuple(part.strip() for part in precision.split(",")),
+        precisions=() if best else tuple(parts),
         best=best,
         max_drop=MAX_DROP if max_drop is None else max_drop,
         runtimes=tuple(runtimes),
         build=BuildOptions(
-            batches=batch_range(build["batches"]),
-            gpus=tuple(part.strip() for part in build["gpus"].split(",")) if build["gpus"] else (),
-            level=build["level"],
-            workspace_mb=build["workspace_mb"],
+            batches=batch_range(build["--batch"] or "1:8:32"),
+            gpus=() if gpus is None else tuple(dict.fromkeys(part.strip().lower() for part in gpus.split(","))),
+            level=build["--level"],
+            workspace_mb=build["--workspace-mb"],
             timing_cache=timing_cache() if "trt" in runtimes else None,
         ),
-        calibration=calibration,
-        precision=PrecisionOptions(**int8),  # type: ignore[arg-type]
-        keep_worst=keep_float,
+        calibration=int8["--calibration"],
+        precision=PrecisionOptions(
+            rest=int8["--int8-rest"] or "fp32", method=int8["--calibration-method"] or PrecisionOptions().method
+        ),
+        keep_worst=int8["--keep-float"] or 0,
     )
+
+
+def _refuse_idle(given: dict[str, Any], used: bool, what: str, fix: str) -> None:
+    """Raises UsageError for an option that would do nothing."""
+    if not used and (idle := [name for name, value in given.items() if value is not None]):
+        _refuse(f"{idle[0]} is about {what} and none is made; add {fix}, or leave it out")
 
 
 def batch_range(text: str) -> tuple[int, int, int]:

@@ -21,7 +21,8 @@ from . import bench, demo, doctor, export, inspect, prune, report, train
 from .output import note, print_json
 
 INTERRUPTED = 130
-RESUME = "give the same command with --run and the run's folder to resume"
+# These go on where they were; the others begin again, and leave what was there before.
+RESUMABLE = ("prune", "train", "demo")
 # Typer carries its own copy of click from 0.2x on: its base of all usage errors is reached by way of a public one.
 TyperUsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 
@@ -89,13 +90,19 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Terminated:
-        return _fail(f"terminated; {RESUME}", "Terminated", 143, as_json)
+        return _fail(f"terminated; {_again(arguments)}", "Terminated", 143, as_json)
     except Exception as error:
         return _foreign(error, as_json)
     # Some versions of Typer turn Ctrl-C into this code, without a word.
     if code == INTERRUPTED:
-        return _fail(f"interrupted; {RESUME}", "Interrupted", INTERRUPTED, as_json)
+        return _fail(f"interrupted; {_again(arguments)}", "Interrupted", INTERRUPTED, as_json)
     return code if isinstance(code, int) else 0
+
+
+def _again(arguments: list[str]) -> str:
+    if arguments and arguments[0] in RESUMABLE:
+        return "give the same command with --run and the run's folder to resume"
+    return "give the same command again: nothing was changed"
 
 
 def _foreign(error: Exception, as_json: bool) -> int:

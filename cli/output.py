@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
 SCHEMA = 1
@@ -16,7 +19,13 @@ def console(*, stderr: bool = False) -> Console:
     """A rich console; colours only on a terminal, NO_COLOR honoured."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+    # No markup: a path may hold brackets.
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False)
+
+
+def quoted(path: Path | str) -> str:
+    """A path as a shell takes it, for commands that people paste."""
+    return shlex.quote(str(path))
 
 
 def print_json(facts: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .output import console, note, print_json
+from .output import console, note, print_json, quoted
 
 Share = Annotated[str | None, typer.Option(metavar="SHARE")]
 
@@ -121,4 +121,4 @@ def print_result(result: dict[str, Any], folder: Path) -> None:
     screen = console()
     screen.print(render_table(summary_rows(result, None, None)))
     screen.print(f"run: {folder}")
-    screen.print(f"next: chipdeploy export --run {folder}")
+    screen.print(f"next: chipdeploy export --run {quoted(folder)}")

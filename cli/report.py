@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import options
-from .output import console, print_json
+from .output import console, print_json, quoted
 
 
 def report(run: options.RunDir = None, runs: options.Runs = Path("runs"), json: options.Json = False) -> None:
@@ -22,8 +22,8 @@ def report(run: options.RunDir = None, runs: options.Runs = Path("runs"), json: 
     console().print(page.read_text(encoding="utf-8").splitlines()[0])
     console().print(f"report: {page}")
     if not directory.read_if(EXPORT):
-        console().print(f"next: chipdeploy export --run {directory.path}")
+        console().print(f"next: chipdeploy export --run {quoted(directory.path)}")
     elif not directory.read_if(BENCH):
-        console().print(f"next: chipdeploy bench --run {directory.path}")
+        console().print(f"next: chipdeploy bench --run {quoted(directory.path)}")
     else:
         console().print("next: chipdeploy prune --help, for another model, data or budget")

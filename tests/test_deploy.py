@@ -151,7 +151,7 @@ def test_options_out_of_range_change_nothing(copy):
         export_run(copy, ExportOptions(max_batch=1))
     for wrong in ({"threads": 0}, {"seconds": 0.0}, {"batches": [0]}):
         with pytest.raises(UsageError):
-            bench_run(copy, **wrong)
+            bench_run(copy, **{"batches": (1,)} | wrong)
     assert {path.name: path.read_bytes() for path in copy.path.iterdir()} == before
 
 
@@ -190,18 +190,18 @@ def test_only_the_files_that_were_exported_are_timed(copy):
     with copy.file("dense.onnx").open("ab") as file:
         file.write(b"\0")
     with pytest.raises(ExportError, match=r"dense\.onnx was edited"):
-        bench_run(copy)
+        bench_run(copy, batches=(1,))
     copy.file("dense.onnx").unlink()
     with pytest.raises(ExportError, match=r"dense\.onnx"):
-        bench_run(copy)
+        bench_run(copy, batches=(1,))
     edited = copy.read("export.json")
     edited["dense"]["sha256"] = edited["pruned"]["sha256"]
     copy.write("export.json", edited)
     with pytest.raises(RunError, match=r"export\.json was changed"):
-        bench_run(copy)
+        bench_run(copy, batches=(1,))
     copy.file("export.json").unlink()
     with pytest.raises(RunError, match="chipdeploy export"):
-        bench_run(copy)
+        bench_run(copy, batches=(1,))
 
 
 def test_the_report_says_what_there_is(copy):
@@ -295,7 +295,7 @@ def test_a_target_that_was_not_exported_names_the_command(deployed, target, mess
 def test_an_engine_is_not_timed_without_a_gpu(deployed):
     before = deployed[0].read_if("bench.json")
     with pytest.raises(MissingError, match="rtx-fp16 runs on an NVIDIA GPU and none is here"):
-        bench_run(deployed[0], targets=["ort-cpu", "rtx-fp16"])
+        bench_run(deployed[0], targets=["ort-cpu", "rtx-fp16"], batches=(1,))
     assert deployed[0].read_if("bench.json") == before
 
 
@@ -352,12 +352,28 @@ def test_options_that_make_no_sense(wrong, message):
         ExportOptions(**wrong)
 
 
-def test_files_of_an_earlier_export_do_not_stay(deployed, tmp_path):
+def files_of_exports(run):
+    return sorted(path.name for path in run.path.iterdir() if ".onnx" in path.name or ".engine" in path.name)
+
+
+def test_exports_add_up(deployed, tmp_path):
     run = Run(Path(shutil.copytree(deployed[0].path, tmp_path / "run")))
     run.file("pruned-rtx-fp16.engine.cache").write_bytes(b"kernels")
-    export_run(run)
-    left = sorted(path.name for path in run.path.iterdir() if ".onnx" in path.name or ".engine" in path.name)
-    assert left == ["dense.onnx", "pruned.onnx"]
+    run.file("dense-int8.onnx").write_bytes(b"edited")
+    before = files_of_exports(run)
+    facts = export_run(run)
+    # What was edited is forgotten, with its other half; all else stays, kernels of an engine with it.
+    assert list(facts["precisions"]) == ["fp16"]
+    assert list(facts["engines"]) == ["rtx-fp32", "rtx-fp16", "rtx-int8"]
+    assert files_of_exports(run) == [name for name in before if name not in ("dense-int8.onnx", "pruned-int8.onnx")]
+    assert export_run(run, ExportOptions(precisions=("int8",)))["precisions"].keys() == {"fp16", "int8"}
+
+
+def test_an_export_of_other_networks_begins_anew(deployed, tmp_path):
+    run = Run(Path(shutil.copytree(deployed[0].path, tmp_path / "run")))
+    facts = export_run(run, ExportOptions(max_batch=32))
+    assert facts["precisions"] == facts["engines"] == {}
+    assert files_of_exports(run) == ["dense.onnx", "pruned.onnx"]
     assert run.file("pruned.safetensors").is_file()
 
 

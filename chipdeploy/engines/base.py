@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Images = NDArray[np.float32]
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,14 @@ def check_options(target: Target, options: dict[str, int], known: tuple[str, ...
     """Raises UsageError for an option that the target does not have."""
     if unknown := sorted(options.keys() - set(known)):
         raise UsageError(f"{target.name} has no option {', '.join(unknown)}; known: {', '.join(known) or 'none'}")
+
+
+def check_threads(threads: int) -> None:
+    """Raises UsageError for a number of threads that no machine has."""
+    if threads < 1:
+        raise UsageError(f"threads must be at least 1, got {threads}")
+    if threads > MOST_THREADS:
+        raise UsageError(f"threads must be at most {MOST_THREADS}, got {threads}")
 
 
 def check_images(what: str, images: Images, wanted: tuple[int | str, ...]) -> None:

@@ -127,6 +127,15 @@ def timing_cache() -> Path:
     return base / "chipdeploy" / f"timings-{device}.bin"
 
 
+def check_buildable(runtime: str, gpus: tuple[str, ...]) -> None:
+    """Raise what `build_engine` would raise for any network: before a long export, not after it.
+
+    Raises:
+        UsageError, MissingError: as `build_engine`.
+    """
+    _check_gpus(tensorrt(runtime), Target.parse(runtime), gpus)
+
+
 def _check_gpus(trt: Any, target: Target, gpus: tuple[str, ...]) -> None:
     if gpus and target.runtime != "rtx":
         raise UsageError(f"{target.name} builds on the GPU where it runs; leave --gpu out, or build for rtx")

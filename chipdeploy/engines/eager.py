@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chipdeploy.engines.base import Images, LayerTime, check_images, check_options, engine
+from chipdeploy.engines.base import Images, LayerTime, check_images, check_options, check_threads, engine
 from chipdeploy.engines.cuda import Replay, require_gpu
 from chipdeploy.engines.target import CPU, Target
 from chipdeploy.errors import MissingError, UsageError
@@ -32,8 +32,7 @@ class TorchEngine:
     def __init__(self, model: nn.Module, target: Target, *, threads: int = 1) -> None:
         import torch
 
-        if threads < 1:
-            raise UsageError(f"threads must be at least 1, got {threads}")
+        check_threads(threads)
         if target.on_gpu:
             require_gpu(target.name)
         self.target, self.threads = target, threads

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from chipdeploy.engines.base import Images, LayerTime, check_images, check_options, engine
+from chipdeploy.engines.base import Images, LayerTime, check_images, check_options, check_threads, engine
 from chipdeploy.engines.target import CPU, Target
 from chipdeploy.errors import ExportError, MissingError, UsageError
 
@@ -41,8 +41,7 @@ class OrtEngine:
     """
 
     def __init__(self, path: Path, target: Target | None = None, *, threads: int = 1) -> None:
-        if threads < 1:
-            raise UsageError(f"threads must be at least 1, got {threads}")
+        check_threads(threads)
         self.path = path
         self.threads = threads
         self.target = target or Target("ort", CPU)

@@ -153,6 +153,18 @@ def write_bundle(
     return manifest
 
 
+def check_request(folder: Path, classes: int, *, preprocess: bool, top_k: int | None) -> None:
+    """Raise what `write_bundle` would raise whatever the network: before a long export, not after it.
+
+    Raises:
+        UsageError, ExportError: as `write_bundle`.
+    """
+    check_top_k(top_k, classes)
+    if top_k is not None and not preprocess:
+        raise UsageError(f"top-k {top_k} is worked out in the graph; ask for preprocessing in the graph as well")
+    _check_replaceable(folder)
+
+
 def _check_options(name: str, max_batch: int, preprocess: bool, top_k: int | None, data: Description) -> None:
     check_name(name)
     if max_batch < 1:
@@ -272,7 +284,10 @@ def _write(folder: Path, contents: Contents) -> dict[str, dict[str, Any]]:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Refuse a folder that holds anything but a bundle: its files would be lost."""
+    """Refuse a folder that holds anything but a bundle: its files would be lost; and one inside of another bundle."""
+    for parent in folder.resolve().parents:
+        if _files_of(parent / MANIFEST) is not None:
+            raise ExportError(f"{folder} lies in the bundle {parent}; choose a folder outside of it")
     if not folder.exists():
         return
     if not folder.is_dir():

@@ -23,12 +23,18 @@ PROVIDERS = ["CPUExecutionProvider"]
 
 @cache
 def load() -> tuple[dict[str, Any], Any]:
-    """The manifest, and a session of model.onnx once its digest agrees with it."""
+    """The manifest with the labels, and a session of model.onnx."""
     manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
-    content = (HERE / "model.onnx").read_bytes()
-    if hashlib.sha256(content).hexdigest() != manifest["files"]["model.onnx"]["sha256"]:
-        raise ValueError("model.onnx is not the file of manifest.json (sha256 differs); copy the bundle again")
-    return manifest, onnxruntime.InferenceSession(content, providers=PROVIDERS)
+    session = onnxruntime.InferenceSession(content("model.onnx", manifest), providers=PROVIDERS)
+    return manifest | {"labels": content("labels.txt", manifest).decode().splitlines()}, session
+
+
+def content(name: str, manifest: dict[str, Any]) -> bytes:
+    """The bytes of a file beside this one, once their digest agrees with the manifest."""
+    found = (HERE / name).read_bytes()
+    if hashlib.sha256(found).hexdigest() != manifest["files"][name]["sha256"]:
+        raise ValueError(f"{name} is not the file of manifest.json (sha256 differs); copy the bundle again")
+    return found
 
 
 def predict(images: Any) -> tuple[Any, Any]:
@@ -83,9 +89,11 @@ def main() -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES")
     parser.add_argument("--top", type=int, default=5, help="classes an image")
     options = parser.parse_args()
+    if options.top < 1:
+        parser.error(f"--top is a number from 1 on, got {options.top}")
     for path in options.images:
         try:
-            labels = (HERE / "labels.txt").read_text(encoding="utf-8").splitlines()
+            labels = load()[0]["labels"]
             classes, shares = predict(read(path))
         except Exception as error:  # whatever it is, its reader wants one line
             sys.exit(f"error: {path}: {' '.join(str(error).split())}")

@@ -152,7 +152,8 @@ def load_float(source: Path, images: Images, options: PrecisionOptions) -> Any:
     check_images(source.name, images, tuple(dim.dim_param or dim.dim_value for dim in input_type.shape.dim))
     if not np.isfinite(images).all():
         raise InputError("calibration images hold NaN or infinity; look at the data and how they are normalised")
-    _check_options(options, {node.name for node in proto.graph.node})
+    check_options(options)
+    _check_nodes(options, {node.name for node in proto.graph.node})
     return proto
 
 
@@ -183,13 +184,17 @@ def _float_type() -> int:
     return int(TensorProto.FLOAT)
 
 
-def _check_options(options: PrecisionOptions, nodes: set[str]) -> None:
+def check_options(options: PrecisionOptions) -> None:
+    """Raises UsageError for an unknown method or rest, or a percentile outside its range."""
     if options.method not in METHODS:
         raise UsageError(f"unknown calibration method {options.method!r}; known: {', '.join(METHODS)}")
     if not 50 < options.percentile <= 100:
         raise UsageError(f"percentile must be above 50 and at most 100, got {options.percentile}; try 99.999")
     if options.rest not in RESTS:
         raise UsageError(f"the rest of an int8 network is {' or '.join(RESTS)}, got {options.rest!r}")
+
+
+def _check_nodes(options: PrecisionOptions, nodes: set[str]) -> None:
     if unknown := [name for name in options.keep_float if name not in nodes]:
         raise UsageError(f"the network has no node {unknown[0]!r} to keep in float; take names from its ONNX file")
 

@@ -43,7 +43,7 @@ def read_trtexec(path: Path) -> TrtexecTimes:
         compute, latency = (tuple(float(row[key]) for row in rows) for key in (COMPUTE, LATENCY))
     except FileNotFoundError as error:
         raise InputError(f"there is no {path}; write it with trtexec --exportTimes={path.name}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path.name} holds no trtexec times ({error!r}); write it with --exportTimes") from error
     if not compute or not np.isfinite(compute + latency).all():
         raise InputError(f"{path.name} holds no trtexec times; write it with --exportTimes")

@@ -34,7 +34,7 @@ def test_people_see_every_file_and_what_comes_next(exported):
         (line,) = [line for line in lines if line.startswith(f"{run / name}: ")]
         assert "batches [1, 2, 4], for sm86, sm120" in line
     assert lines[-2] == f"bundle: {bundle}; run it with python {bundle / 'infer.py'} IMAGES.npy"
-    assert lines[-1] == f"next: chipdeploy bench --on ort-cpu --run {run}"
+    assert lines[-1] == f"next: chipdeploy bench --on ort-cpu,ort-cpu-int8 --run {run}"
 
 
 def test_the_bundle_classifies_without_this_package(exported, finished):
@@ -75,7 +75,10 @@ def test_the_slowest_layers_are_shown(exported, call):
     (item,) = json.loads((run / "bench.json").read_text())
     for name in ("dense", "pruned"):
         assert sum(layer["kind"] == "Conv" for layer in item["layers"][name]) >= 10
-    assert "does not tell the times of layers" in call("bench", "--run", run, "--on", "torch-cpu", "--layers").error
+    before = (run / "bench.json").read_bytes()
+    refused = call("bench", "--run", run, "--on", "ort-cpu,torch-cpu", "--layers")
+    assert "torch-cpu does not tell the times of layers" in refused.error
+    assert (run / "bench.json").read_bytes() == before
 
 
 def test_trtexec_times_are_shown_beside(exported, call, tmp_path):
@@ -96,7 +99,17 @@ def test_trtexec_times_are_shown_beside(exported, call, tmp_path):
         (("export", "--rtx", "--gpu", "sm86", "--batch", "8:4"), 2, "smallest:usual:largest"),
         (("export", "--rtx", "--gpu", "sm86", "--batch", "8:4:2"), 2, "got 8:4:2"),
         (("export", "--rtx", "--gpu", "sm86", "--level", "9"), 2, "0 to 5, got 9"),
-        (("export", "--top-k", "2"), 2, "add --bundle DIR"),
+        (("export", "--top-k", "0"), 2, "add --bundle DIR"),
+        (("export", "--top-k", "0", "--with-preprocess", "--bundle", "b"), 2, "got 0"),
+        (("export", "--top-k", "2", "--bundle", "b"), 2, "ask for preprocessing"),
+        (("export", "--precision", "best,fp16"), 2, "give it alone"),
+        (("export", "--level", "3"), 2, "--level is about an engine and none is made; add --trt or --rtx"),
+        (("export", "--batch", "1:2:4"), 2, "--batch is about an engine"),
+        (("export", "--int8-rest", "fp16", "--precision", "fp16"), 2, "--int8-rest is about an int8 network"),
+        (("export", "--rtx", "--gpu", ""), 2, "does not build for ; known: sm75"),
+        (("bench", "--threads", "99999999999"), 2, "threads must be at most 1024"),
+        (("bench", "--batch", "9" * 30), 2, "from 1 to 65536"),
+        (("bench", "--batch", "65"), 3, "made for batches up to 64, got 65; run 'chipdeploy export --max-batch 65"),
         (("export", "--calibration", "folder:nowhere", "--precision", "int8"), 3, "nowhere"),
         (("export", "--calibration-method", "magic", "--precision", "int8"), 2, "minmax, entropy, percentile"),
         (("export", "--int8-rest", "fp8", "--precision", "int8"), 2, "fp32 or fp16, got 'fp8'"),
@@ -132,6 +145,32 @@ def test_what_needs_a_gpu_says_so(exported, call, arguments, message):
     outcome = call(*arguments, "--run", run)
     assert outcome.code == 4
     assert message in outcome.error
+
+
+def test_a_bundle_is_refused_before_anything_is_exported(exported, call, tmp_path):
+    run, bundle, _ = exported
+    before = (run / "export.json").stat().st_mtime_ns
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    for place, message in (
+        (tmp_path / "full", "is no bundle of chipdeploy"),
+        (bundle / "engines", "lies in the bundle"),
+        (run / "bundle", "lies in the run"),
+        (run, "lies in the run"),
+    ):
+        assert message in call("export", "--run", run, "--bundle", place).error
+    assert (run / "export.json").stat().st_mtime_ns == before
+
+
+def test_commands_to_paste_are_quoted(exported, call, tmp_path):
+    import shutil
+
+    run = shutil.copytree(exported[0], tmp_path / "odd [bold]dir é")
+    outcome = call("report", "--run", run)
+    assert f"report: {run / 'report.md'}" in outcome.out
+    assert outcome.out.splitlines()[-1].startswith("next: ")
+    (run / "bench.json").unlink(missing_ok=True)
+    assert f"next: chipdeploy bench --run '{run}'" in call("report", "--run", run).out
 
 
 def test_a_file_that_was_edited_is_neither_timed_nor_packed(exported, call, tmp_path):

@@ -181,13 +181,25 @@ def rtx_builds(store: dict[str, Any], path: Path) -> str:
         for precision in ("fp32", "fp16", "int8")
         if "refused" in row.get(name, {}).get(precision, {})
     ]
+    if any("not_for" in cell for row in store["networks"] for cell in _cells(row)):
+        lines += [
+            "",
+            "\\* not for sm75: TensorRT-RTX has no fp32 matrix product there, and this network's is no linear layer.",
+        ]
     return "\n".join([*lines, *(["", "Refused:", "", *refused] if refused else [])])
+
+
+def _cells(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return [cell for name in ("dense", "pruned") for cell in row.get(name, {}).values() if isinstance(cell, dict)]
 
 
 def engine_cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
-    return "refused" if "refused" in row else f"{row['seconds']:.1f} s, {row['bytes'] / 1e6:.1f} MB"
+    if "refused" in row:
+        return "refused"
+    star = " *" if "not_for" in row else ""
+    return f"{row['seconds']:.1f} s, {row['bytes'] / 1e6:.1f} MB{star}"
 
 
 def targets(store: dict[str, Any], path: Path) -> str:

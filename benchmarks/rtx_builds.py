@@ -25,7 +25,8 @@ from chipdeploy.chipnet.costs import CostModel
 from chipdeploy.chipnet.project import Projector
 from chipdeploy.engines.build import BuildOptions, build_engine, buildable_gpus
 from chipdeploy.engines.target import Target
-from chipdeploy.errors import ChipdeployError
+from chipdeploy.engines.turing import TURING
+from chipdeploy.errors import ChipdeployError, ExportError
 from chipdeploy.export.onnx import export_onnx
 from chipdeploy.export.precision import convert
 from chipdeploy.graph.plan import PrunePlan
@@ -122,12 +123,25 @@ def builds(model: nn.Module, example: torch.Tensor) -> dict[str, Any]:
             other, engine = Path(folder) / f"{precision}.onnx", Path(folder) / f"{precision}.engine"
             try:
                 convert(path, other, precision, images)
-                target = Target.parse(f"rtx-{precision}")
-                built = build_engine(other, engine, target, BuildOptions(batches=BATCHES, gpus=buildable_gpus()))
-                rows[precision] = {"seconds": built.seconds, "bytes": built.bytes, "runtime": built.runtime_version}
+                rows[precision] = engine_of(other, engine, precision)
             except ChipdeployError as error:
                 rows[precision] = {"refused": str(error)}
     return rows
+
+
+def engine_of(path: Path, engine: Path, precision: str) -> dict[str, Any]:
+    """The engine for all GPUs; where Turing's compiler lacks an op, the one for all others, and the reason."""
+    target, gpus = Target.parse(f"rtx-{precision}"), buildable_gpus()
+    without: dict[str, Any] = {}
+    try:
+        built = build_engine(path, engine, target, BuildOptions(batches=BATCHES, gpus=gpus))
+    except ExportError as error:
+        if "Turing" not in str(error):
+            raise
+        without = {"not_for": TURING, "because": str(error)}
+        others = tuple(gpu for gpu in gpus if gpu != TURING)
+        built = build_engine(path, engine, target, BuildOptions(batches=BATCHES, gpus=others))
+    return {"seconds": built.seconds, "bytes": built.bytes, "runtime": built.runtime_version} | without
 
 
 if __name__ == "__main__":

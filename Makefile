@@ -23,7 +23,7 @@ types: $(READY)
 	$(BIN)/mypy --strict cli profiles
 
 pytest: $(READY)
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 setup: $(READY)
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from chipdeploy.latency.measure import environment
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 NAMES = {
@@ -66,7 +68,7 @@ def tour() -> str:
         command = [sys.executable, "-m", "chipdeploy.cli", "demo"]
         done = subprocess.run(command, cwd=folder, check=True, text=True, capture_output=True)
     lines = "\n".join("    " + line.rstrip() for line in (done.stderr + done.stdout).splitlines())
-    machine = environment_line(json.loads((RESULTS / "gate-cost.json").read_text())["environment"])
+    machine = environment()["machine"]
     return f"What `make demo` prints ({machine}):\n\n{lines}"
 
 

@@ -18,7 +18,16 @@ from chipdeploy.training.models import build_model
 
 PRECISIONS = ("fp32", "fp16", "int8")
 GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120")
-BUILT_IN = ("resnet20", "resnet20-b", "mobilenetv2", "resnet18")
+BUILT_IN = (
+    "resnet20",
+    "resnet20-b",
+    "mobilenetv2",
+    "resnet18",
+    "resnet56",
+    "resnet50",
+    "preresnet164",
+    "wideresnet26-12",
+)
 ZOO = (
     "torchvision:resnet18",
     "torchvision:mobilenet_v2",

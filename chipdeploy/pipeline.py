@@ -23,7 +23,6 @@ from chipdeploy.errors import MissingError, RunError
 from chipdeploy.files import digest
 from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.plan import PrunePlan, dead_branches, group_widths
-from chipdeploy.graph.proof import prove
 from chipdeploy.graph.surgery import hard_prune
 from chipdeploy.graph.trace import trace
 from chipdeploy.run import CONFIG, Run, make_folder, read_json, write_json
@@ -148,7 +147,6 @@ def check_budget(config: PruneConfig, job: Job) -> str:
     if config.weights:
         load_weights(model, Path(config.weights))
     graph = trace(model, job.example)
-    prove(model, graph, job.example)
     budget = Budget(config.kind, config.keep)
     cost = CostModel.of(graph, budget.cost)
     projector = Projector(graph, cost, config.align)

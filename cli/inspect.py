@@ -24,7 +24,6 @@ def inspect(
     import torch
 
     from chipdeploy.errors import UsageError
-    from chipdeploy.graph.proof import prove
     from chipdeploy.graph.trace import trace
     from chipdeploy.training.models import build_model
 
@@ -34,7 +33,6 @@ def inspect(
     network = build_model(spec, num_classes=classes, in_channels=channels, image_size=image_size)
     example = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
     graph = trace(network, example)
-    prove(network, graph, example)  # the same refusal as 'prune' would give
     facts = {"model": spec} | describe(graph)
     if json:
         print_json(facts)

@@ -37,7 +37,7 @@ def cost(name: str) -> Callable[[Callable[[ChannelGraph], Iterator[Term]]], Call
 
 @cost("macs")
 def macs(graph: ChannelGraph) -> Iterator[Term]:
-    """Σ H·W·k²·n_out·n_in over convolutions and linear layers; biases and norms cost none, as in PyTorch's counter."""
+    """Σ H·W·k²·n_out·n_in over convolutions, linear layers and products; biases and norms cost none, as in PyTorch."""
     for layer in graph.layers:
         scale = layer.positions * layer.kernel
         for out_times, out_group in spans(graph, layer.out_index):
@@ -62,7 +62,7 @@ def params(graph: ChannelGraph) -> Iterator[Term]:
 def channels(graph: ChannelGraph) -> Iterator[Term]:
     """Σ n_out over convolutions and linear layers."""
     for layer in graph.layers:
-        for times, group in spans(graph, layer.out_index):
+        for times, group in [] if layer.product else spans(graph, layer.out_index):
             yield times, group, CONSTANT, _branch(layer.branch)
 
 
@@ -70,7 +70,7 @@ def channels(graph: ChannelGraph) -> Iterator[Term]:
 def volume(graph: ChannelGraph) -> Iterator[Term]:
     """Activation volume: Σ H·W·n_out over the outputs of convolutions and linear layers, for one image."""
     for layer in graph.layers:
-        for times, group in spans(graph, layer.out_index):
+        for times, group in [] if layer.product else spans(graph, layer.out_index):
             yield layer.positions * times, group, CONSTANT, _branch(layer.branch)
 
 

@@ -44,7 +44,7 @@ class Projector:
             raise UsageError(f"the alignment must be 1 or more, got {align}; 1 gives free widths")
         self.graph, self.cost = graph, cost
         self._coefficients = cost.coefficients / cost.dense
-        self._units = np.array([gcd(group.size, align) for group in graph.groups], dtype=np.int64)
+        self._units = np.array([gcd(g.size, max(1, align // g.unit)) for g in graph.groups], dtype=np.int64)
         self._strict = align > 1
         self._items = self._make_items(self._units)
         self._core, self._leaves = self._split()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
 from typing import Any
@@ -20,8 +21,7 @@ from chipdeploy.graph.channels import Mask
 from chipdeploy.graph.gating import Gating, gated_call
 from chipdeploy.graph.labels import Ints
 from chipdeploy.graph.plan import PrunePlan, group_widths
-from chipdeploy.graph.proof import prove
-from chipdeploy.graph.trace import trace
+from chipdeploy.graph.trace import Example, trace
 
 MARGIN = 3.0  # distance, in logits, of a wholly kept or wholly cut group from its gates' centre
 
@@ -74,11 +74,12 @@ class ChipNet(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        example: Tensor,
+        example: Example,
         budget: Budget,
         *,
         steps: int = 1000,
         align: int = 16,
+        exclude: Sequence[str] = (),
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
@@ -86,12 +87,11 @@ class ChipNet(nn.Module):
             raise UsageError(f"steps must be the number of training steps to come, 1 or more, got {steps}")
         self.model, self.budget = model, budget
         self.schedule = schedule or Schedule()
-        self.graph = trace(model, example)
-        prove(model, self.graph, example)
+        self.graph = trace(model, example, exclude=exclude)
         self.cost = CostModel.of(self.graph, budget.cost)
         self.projector = Projector(self.graph, self.cost, align)
         self.projector.check(budget.keep)
-        device = example.device
+        device = (example[0] if isinstance(example, tuple) else example).device
         self._gating = Gating(self.graph, device)
         self._soft_cost = SoftCost(self.cost, device)
         self._steps, self._step = steps, 0
@@ -126,7 +126,7 @@ class ChipNet(nn.Module):
     def _settling(self) -> bool:
         return self.schedule.projected and self.progress >= self.schedule.settle
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Any:
         """The gated network's output."""
         curve, gates = self._gates()
         if gates.requires_grad:
@@ -192,7 +192,7 @@ class ChipNet(nn.Module):
         parameters = dict(copied.named_parameters())
         with torch.no_grad():
             gates = torch.where(self._kept(), self.gates(), 1.0)
-            for name, scaled in self._gating(gates, parameters).items():
+            for name, scaled in self._gating.fold(gates, parameters).items():
                 parameters[name].copy_(scaled)
         return copied
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import inspect
 import io
 import logging
 import re
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from chipdeploy.errors import ExportError, UsageError
 from chipdeploy.files import atomic, digest
@@ -31,6 +33,7 @@ from chipdeploy.files import atomic, digest
 OPSET = 20
 CAUSE_LENGTH = 200  # characters of a foreign error that are shown
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
+Inputs = Tensor | tuple[Tensor, ...]  # one tensor, or a forward's positional arguments
 LOGGERS = ("", "torch", "torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir")
 
 
@@ -65,7 +68,7 @@ class OnnxFile:
 
 def export_onnx(
     model: nn.Module,
-    example: Tensor,
+    example: Inputs,
     path: str | Path,
     *,
     max_batch: int = 64,
@@ -73,29 +76,51 @@ def export_onnx(
 ) -> OnnxFile:
     """Write `model` in eval mode and float32 to `path`, made for batches of 1 to `max_batch`. The model stays as it is.
 
+    One input is called `images`, several bear the names of forward's parameters. One output is called `logits`,
+    several bear the keys of the dictionary that forward returns, else `output_0`, `output_1`, …
+
     Args:
-        example: images [N, C, H, W] of the size that the network will see; N does not matter.
+        example: images [N, C, H, W] of the size that the network will see, or a tuple of all inputs, each [N, ...];
+            N does not matter, but is one for all.
         metadata: written into the file beside our version. Local folders in its values are cut off.
 
     Raises:
         UsageError: `max_batch` below 2.
-        ExportError: any step failed, or the file would hold a path of this machine. Nothing is left behind, and a file
-            that was at `path` before is untouched.
+        ExportError: any step failed, an input or output has no free batch size, or the file would hold a path of this
+            machine. Nothing is left behind, and a file that was at `path` before is untouched.
     """
     if max_batch < 2:
         raise UsageError(f"max_batch must be at least 2 for a free batch size, got {max_batch}")
     path = Path(path)
-    program = _traced(model, example, max_batch)
-    proto = _converted(program)
+    program, shapes = _traced(model, as_inputs(example), max_batch)
+    proto = _converted(program, shapes)
     clean_onnx(proto, metadata)
     return save_onnx(proto, path)
+
+
+def as_inputs(example: Inputs) -> tuple[Tensor, ...]:
+    """All inputs of a network, on the CPU, floats in float32, free of gradients.
+
+    Raises:
+        ExportError: no input, one without a batch, or inputs of several batch sizes.
+    """
+    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+    shapes = [list(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in inputs]
+    batches = {shape[0] if isinstance(shape, list) and shape else 0 for shape in shapes}
+    if len(batches) != 1 or 0 in batches:
+        raise ExportError(
+            f"every input must be a tensor [N, ...], of one batch size N of 1 or more, got {shapes}; "
+            "numbers and tables belong in the network's buffers"
+        )
+    values = (value.detach().cpu() for value in inputs)
+    return tuple(value.float() if value.is_floating_point() else value for value in values)
 
 
 def clean_onnx(proto: Any, metadata: Mapping[str, str]) -> None:
     """Leave in an `onnx.ModelProto` what belongs to the network, and `metadata` with our version. Works in place.
 
     Raises:
-        ExportError: it has not one input and one output with a free batch size, or holds a path of this machine.
+        ExportError: an input or output has no free batch size, or it holds a path of this machine.
     """
     with step("clean the ONNX graph"):
         _strip(proto)
@@ -151,36 +176,92 @@ def check_digest(path: Path, sha256: str) -> None:
         )
 
 
-def _traced(model: nn.Module, example: Tensor, max_batch: int) -> ExportedProgram:
-    """The network as an ATen graph, without the leftovers of removed branches."""
+def _traced(model: nn.Module, inputs: tuple[Tensor, ...], max_batch: int) -> tuple[ExportedProgram, Any]:
+    """The network as an ATen graph without the leftovers of removed branches, and the free dimensions of its inputs."""
     from chipdeploy.graph.simplify import remove_dead_branches
 
     with step("trace the network"), quiet():
         network = copy.deepcopy(model).cpu().float().eval()
         # A batch of 1 would be taken for a constant.
-        images = example.detach().cpu().float()[:2].clone()
-        images = images if len(images) == 2 else torch.cat([images, images])
+        pairs = tuple(value[:2].clone() if len(value) > 1 else torch.cat([value, value]) for value in inputs)
         batch = torch.export.Dim(BATCH, min=1, max=max_batch)
-        return remove_dead_branches(torch.export.export(network, (images,), dynamic_shapes=({0: batch},)))
+        arguments = inspect.signature(network.forward).bind(*pairs).arguments
+        shapes = pytree.tree_map(lambda _: {0: batch}, dict(arguments))
+        return remove_dead_branches(torch.export.export(network, pairs, dynamic_shapes=shapes)), shapes
 
 
-def _converted(program: ExportedProgram) -> Any:
+def _converted(program: ExportedProgram, shapes: Any) -> Any:
     """The program as an `onnx.ModelProto`, with names that tools can rely on."""
     with step("convert the network to ONNX"), quiet():
+        inputs = _input_names(program)
+        outputs = _output_names(program, inputs)
+        # The exporter does not look whether a value inside has the name already.
+        while_made = outputs if len(outputs) == 1 else [f"{index}:{name}" for index, name in enumerate(outputs)]
         converted = torch.onnx.export(
             program,
             dynamo=True,
             optimize=True,  # The TensorRT parser needs the folded graph.
             opset_version=OPSET,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes=({0: BATCH},),
+            input_names=inputs,
+            output_names=while_made,
+            dynamic_shapes=pytree.tree_map(lambda _: BATCH, shapes),
             external_data=False,
             verbose=False,
         )
         if converted is None:
             raise RuntimeError("torch.onnx.export returned nothing")
-        return converted.model_proto
+        proto = converted.model_proto
+        if while_made != outputs:
+            inside = {f"{name}_inside": name for name in outputs}
+            _rename(
+                proto.graph, {name: new for new, name in inside.items()} | dict(zip(while_made, outputs, strict=True))
+            )
+        return proto
+
+
+def _input_names(program: ExportedProgram) -> list[str]:
+    """Of one input, `images`; of several, forward's parameters."""
+    names = [str(name) for name in program.graph_signature.user_inputs]
+    return [INPUT] if len(names) == 1 else names
+
+
+def _output_names(program: ExportedProgram, inputs: list[str]) -> list[str]:
+    """Of one output, `logits`; of several, their keys where these tell them apart, else their numbers.
+
+    Raises:
+        ExportError: the network returns something that is no tensor.
+    """
+    spec = program.call_spec.out_spec
+    assert spec is not None  # torch.export always writes it
+    returned = program.graph_signature.user_outputs
+    paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(returned))), spec))
+    keys = [_key(path) for path, _ in paths]
+    for key, value in zip(keys, returned, strict=True):
+        if not isinstance(value, str):  # tensors stand there by name, all else as it is
+            raise ExportError(f"the network returns {value!r} as {key}, which is no tensor; return tensors only")
+    if len(keys) == 1:
+        return [OUTPUT]
+    names = [f"output_{key}" if key in inputs else key for key in keys]
+    return names if len(set(names)) == len(names) else [f"output_{index}" for index in range(len(names))]
+
+
+def _key(path: tuple[Any, ...]) -> str:
+    """`boxes_0` for the first of a list under the key boxes; `output_0` where there is no key."""
+    parts = [getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))) for entry in path]
+    named = bool(parts) and isinstance(parts[0], str)
+    return "_".join(map(str, parts if named else ["output", *parts]))
+
+
+def _rename(graph: Any, names: Mapping[str, str]) -> None:
+    """Give the values of an `onnx.GraphProto` other names, in place."""
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            for inner in (*attribute.graphs, attribute.g):
+                _rename(inner, names)
+    for value in (*graph.output, *graph.value_info, *graph.initializer):
+        value.name = names.get(value.name, value.name)
 
 
 def _strip(message: Any) -> None:
@@ -207,13 +288,15 @@ def _describe(proto: Any, metadata: Mapping[str, str]) -> None:
 
 
 def _check_shapes(proto: Any) -> None:
-    """One input and one output, both with a free batch size of the same name."""
-    for what, values, name in (("input", proto.graph.input, INPUT), ("output", proto.graph.output, OUTPUT)):
-        if [value.name for value in values] != [name]:
-            raise ExportError(f"the network needs one {what} tensor, got {len(values)}; wrap it so that it has one")
-        dims = values[0].type.tensor_type.shape.dim
-        if not dims or dims[0].dim_param != BATCH:
-            raise ExportError(f"the {what} has no free batch size; remove code that fixes the batch in the network")
+    """Inputs and outputs, all with a free batch size of the same name."""
+    for what, values in (("input", proto.graph.input), ("output", proto.graph.output)):
+        for value in values:
+            dims = value.type.tensor_type.shape.dim
+            if not dims or dims[0].dim_param != BATCH:
+                which = what if len(values) == 1 else f"{what} {value.name}"
+                raise ExportError(
+                    f"the {which} has no free batch size; remove code that fixes the batch in the network"
+                )
 
 
 def _local_paths() -> re.Pattern[str]:

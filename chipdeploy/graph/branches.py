@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 from torch.fx import Node
 
-from chipdeploy.graph.rules.base import Tracing, keeps_zero, op_name, shape
+from chipdeploy.graph.labels import Ints
+from chipdeploy.graph.rules.base import Tracing, argument, keeps_zero, op_name, shape
 from chipdeploy.graph.rules.elementwise import UNARY
 from chipdeploy.graph.stubs import Geometry
 
 JOINS = frozenset({"add", "cat"})
-# These kernels refuse tensors with no channels, and a view of nothing cannot infer a size: such branches stay.
+# These kernels refuse tensors with no channels, and a view of nothing cannot infer a size.
 NOT_ON_EMPTY = frozenset(
-    {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d", "view", "reshape"}
+    [
+        "max_pool2d",
+        "avg_pool2d",
+        "adaptive_avg_pool2d",
+        "adaptive_max_pool2d",
+        "upsample_nearest2d",
+        "upsample_bilinear2d",
+        "view",
+        "reshape",
+        "flatten",
+        "mean",
+        "softmax",
+    ]
 )
 PADS = frozenset({"pad", "constant_pad_nd"})
 STUBBED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.modules.batchnorm._BatchNorm)
 LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
+NORMS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"})
+SIZED = frozenset({"view", "reshape", "unflatten", "expand", "split", "chunk", "unbind", "select", "matmul"})
+ATTENTION = frozenset({"scaled_dot_product_attention"})
+PRODUCTS = frozenset({"matmul", "mm", "bmm", "einsum", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
+MOVES = frozenset(
+    ["permute", "transpose", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "roll", "slice"]
+)
 
 
 @dataclass(frozen=True)
@@ -30,14 +52,20 @@ class BranchUse:
     inside: frozenset[int]  # roots of the labels made inside
     stubs: tuple[tuple[str, str], ...]
     tail: tuple[str, ...]
+    end: str
 
 
-def find_branches(tracing: Tracing, output: Node) -> list[BranchUse]:
-    """Every branch that can go, innermost first; of overlapping ones only the smallest is kept."""
+def find_branches(tracing: Tracing, output: Node, banned: Collection[str] = ()) -> list[BranchUse]:
+    """Every branch that can go, innermost first; of overlapping ones only the smallest is kept.
+
+    `banned` names the ends of branches that a trial has shown not to run without their inside.
+    """
     candidates = [node for node in tracing.flows if node.users and all(op_name(user) in JOINS for user in node.users)]
     alive = _ancestors([output], without=set())
     dead_sets = [
-        (node, frozenset(alive - _ancestors([output], without={node}))) for node in candidates if node in alive
+        (node, frozenset(alive - _ancestors([output], without={node})))
+        for node in candidates
+        if node in alive and node.name not in banned
     ]
     found: list[BranchUse] = []
     ends: set[Node] = set()
@@ -73,11 +101,11 @@ def _is_input(tracing: Tracing, node: Node) -> bool:
 
 def _describe(tracing: Tracing, end: Node, dead: frozenset[Node]) -> BranchUse | None:
     """The branch that ends in `end`, or None when it cannot be removed exactly."""
-    layers = [layer for layer in tracing.layers if layer.node in dead]
+    layers = [layer for layer in tracing.layers if layer.node in dead and not layer.mult]
     outside = {
         int(root)
         for layer in tracing.layers
-        if layer.node not in dead
+        if layer.node not in dead and not layer.mult
         for root in tracing.labels.roots(layer.out_labels)
     }
     inside = frozenset(
@@ -86,67 +114,160 @@ def _describe(tracing: Tracing, end: Node, dead: frozenset[Node]) -> BranchUse |
         for root in tracing.labels.roots(layer.out_labels)
         if int(root) not in outside and tracing.labels.reason(int(root)) is None
     )
-    calls = [node for node in dead if node.op == "call_function"]
-    if not inside or any(not _runs_empty(tracing, node) for node in calls):
+    if not inside:
         return None
     summed = any(op_name(user) == "add" for user in end.users)
     tail = _tail(tracing, end, dead) if summed else ((), None)
     if tail is None:
         return None
-    stubs = _stubs(tracing, dead, inside, tail[1])
-    return None if stubs is None else BranchUse(dead, inside, stubs, tail[0])
+    affine, last = tail
+    stubs = None
+    if last is not None and any(op_name(node) in SIZED | ATTENTION for node in dead):
+        stubs = _still(tracing, dead, last)
+    if stubs is None:
+        stubs = _stubs(tracing, dead, inside, end, last)
+    if stubs is None and last is not None:
+        stubs = _still(tracing, dead, last)
+    return None if stubs is None else BranchUse(dead, inside, stubs, affine, end.name)
 
 
 def _tail(tracing: Tracing, end: Node, dead: frozenset[Node]) -> tuple[tuple[str, ...], Node] | None:
     """The affine tensors that make a summed branch's constant, and the layer that its last channels come from."""
     node = end
-    while keeps_zero(node) and node in dead:
-        node = node.all_input_nodes[0]
+    while node in dead and (keeps_zero(node) or op_name(node) in MOVES or op_name(node) == "mul"):
+        node = next((arg for arg in node.all_input_nodes if not tracing.is_tensor(arg)), node.all_input_nodes[0])
     affine: tuple[str, ...] = ()
-    if op_name(node) == "batch_norm" and node in dead:
-        weight, bias = node.args[1:3]
+    if op_name(node) in ("batch_norm", "layer_norm") and node in dead:
+        first = 1 if op_name(node) == "batch_norm" else 2
+        weight, bias = (argument(node, first + i, name) for i, name in enumerate(("weight", "bias")))
         if weight is None or bias is None:
             return None
         affine = (tracing.tensor_name(weight), tracing.tensor_name(bias))
         node = node.all_input_nodes[0]
+        while node in dead and op_name(node) in MOVES:
+            node = node.all_input_nodes[0]
     if op_name(node) not in LAYERS or node not in dead or len(node.users) != 1:
         return None
-    bias = node.args[2] if len(node.args) > 2 else None
+    bias = argument(node, 2, "bias")
     if bias is not None and not affine:
+        if not tracing.is_tensor(bias):
+            return None
         affine = (tracing.tensor_name(bias),)
     elsewhere = {name for user, names in tracing.tensors_of.items() if user not in dead for name in names}
     return None if elsewhere & set(affine) else (affine, node)
 
 
 def _stubs(
-    tracing: Tracing, dead: frozenset[Node], inside: frozenset[int], last: Node | None
+    tracing: Tracing, dead: frozenset[Node], inside: frozenset[int], end: Node, last: Node | None
 ) -> tuple[tuple[str, str], ...] | None:
-    """What replaces each module: `none` gives no channels, `zero` gives zeros, `pass` its input; None if unsure."""
+    """What replaces each module of a branch, None if unsure.
+
+    `one` gives one channel of zeros to what is to run on, `none` no channels to a concatenation, `zero` zeros to a
+    sum, `pass` the module's input.
+    """
+    ending = _ending(end, dead) if last is None else frozenset()
+    if any(op_name(node) in NOT_ON_EMPTY for node in ending):
+        return None
     stubs: dict[str, str] = {}
     for node, path in _modules(tracing, dead):
+        if _stays(tracing, node, path, dead):
+            continue
         if op_name(node) in LAYERS:
-            kind = _layer_stub(tracing, node, inside, last)
-        elif op_name(node) == "batch_norm":
-            kind = "pass" if last is not None and last in node.all_input_nodes else "none"
+            kind = _layer_stub(tracing, node, inside, last, ending)
+        elif op_name(node) in NORMS or _keeps_shape(tracing, path, dead):
+            kind = "pass"
         else:
             kind = None
-        if (
-            kind is None
-            or stubs.get(path, kind) != kind
-            or _used_outside(tracing, path, dead)
-            or not _stub_fits(tracing, node)
+        if kind is None or stubs.get(path, kind) != kind or _used_outside(tracing, path, dead):
+            return None
+        if (kind != "pass" and not _stub_fits(tracing, node)) or (
+            kind == "pass" and not _keeps_shape(tracing, path, dead)
         ):
             return None
         stubs[path] = kind
     return tuple(stubs.items())
 
 
-def _runs_empty(tracing: Tracing, node: Node) -> bool:
-    """Whether an op between the stubs takes a tensor with no channels. A layer's own ops vanish with it."""
-    if isinstance(tracing.owner(node)[1], STUBBED):
-        return True
-    mirrored = op_name(node) in PADS and len(node.args) > 2 and node.args[2] != "constant"
-    return not mirrored and op_name(node) not in NOT_ON_EMPTY
+def _still(tracing: Tracing, dead: frozenset[Node], last: Node) -> tuple[tuple[str, str], ...] | None:
+    """Whole modules as stubs: the largest that lies in the branch and holds its last layer gives zeros (`still`).
+
+    Its output must have the channels of its input. What is left of the branch must keep its input's shape, too.
+    """
+    for path in _downwards(tracing.owner(last)[0]):
+        nodes = _nodes_of(tracing, path)
+        if nodes <= dead and _same_channels(tracing, nodes):
+            break
+    else:
+        return None
+    stubs = {path: "still"}
+    for node, owner in _modules(tracing, dead):
+        if node in nodes or _stays(tracing, node, owner, dead):
+            continue
+        if not owner or not _keeps_shape(tracing, owner, dead):
+            return None
+        stubs[owner] = "pass"
+    return tuple(stubs.items())
+
+
+def _stays(tracing: Tracing, node: Node, path: str, dead: frozenset[Node]) -> bool:
+    """Whether an op reads a parameter of a module that stays, such as a block's own layer scale."""
+    sliced = op_name(node) in LAYERS | NORMS | PRODUCTS
+    return not sliced and not (path and _nodes_of(tracing, path) <= dead)
+
+
+def _downwards(path: str) -> Iterator[str]:
+    """`a`, `a.b`, `a.b.c` for `a.b.c`."""
+    parts = path.split(".")
+    for count in range(1, len(parts) + 1):
+        yield ".".join(parts[:count])
+
+
+def _nodes_of(tracing: Tracing, path: str) -> frozenset[Node]:
+    """All ops that a module and those in it issue."""
+    return frozenset(
+        node
+        for node in tracing.flows
+        if node.op == "call_function" and f"{tracing.owner(node)[0]}.".startswith(f"{path}.")
+    )
+
+
+def _same_channels(tracing: Tracing, nodes: frozenset[Node]) -> bool:
+    """Whether the ops read one activation and give one of the same shape and channels."""
+    read = {a for node in nodes for a in node.all_input_nodes if a not in nodes and not tracing.is_tensor(a)}
+    given = [node for node in nodes if any(user not in nodes for user in node.users)]
+    if len(read) != 1 or len(given) != 1:
+        return False
+    one, other = next(iter(read)), given[0]
+    if not all(isinstance(node.meta.get("val"), Tensor) for node in (one, other)) or shape(one) != shape(other):
+        return False
+    flows = [tracing.flow(node) for node in (one, other)]
+    if any(flow is None for flow in flows):
+        return flows[0] is None and flows[1] is None
+    return np.array_equal(cast(Ints, flows[0]), cast(Ints, flows[1]))
+
+
+def _keeps_shape(tracing: Tracing, path: str, dead: frozenset[Node]) -> bool:
+    """Whether a module lies in the branch and hands on a tensor of its input's shape."""
+    nodes = _nodes_of(tracing, path) if path else frozenset()
+    read = {a for node in nodes for a in node.all_input_nodes if a not in nodes and not tracing.is_tensor(a)}
+    given = {node for node in nodes if any(user not in nodes for user in node.users)}
+    if not nodes or not nodes <= dead or len(read) != 1 or len(given) != 1:
+        return False
+    return shape(next(iter(read))) == shape(next(iter(given)))
+
+
+def _ending(end: Node, dead: frozenset[Node]) -> frozenset[Node]:
+    """What lies between a branch's last layers and its end, these layers included."""
+    seen: set[Node] = set()
+    stack = [end]
+    while stack:
+        node = stack.pop()
+        if node in seen or node not in dead or node.op != "call_function":
+            continue
+        seen.add(node)
+        if op_name(node) not in LAYERS:
+            stack.extend(node.all_input_nodes)
+    return frozenset(seen)
 
 
 def _stub_fits(tracing: Tracing, node: Node) -> bool:
@@ -167,22 +288,25 @@ def _stub_fits(tracing: Tracing, node: Node) -> bool:
 
 
 def _modules(tracing: Tracing, dead: frozenset[Node]) -> Iterator[tuple[Node, str]]:
+    """The ops of a branch that read a parameter or buffer, with the modules that own them."""
     for node in tracing.flows:
-        if node in dead and any(
-            arg.op == "placeholder" and arg.name in tracing.tensors for arg in node.all_input_nodes
-        ):
+        if node in dead and any(tracing.is_tensor(arg) for arg in node.all_input_nodes):
             yield node, tracing.owner(node)[0]
 
 
-def _layer_stub(tracing: Tracing, node: Node, inside: frozenset[int], last: Node | None) -> str | None:
+def _layer_stub(
+    tracing: Tracing, node: Node, inside: frozenset[int], last: Node | None, ending: frozenset[Node]
+) -> str | None:
     layer = next((layer for layer in tracing.layers if layer.node is node), None)
     if layer is None:
         return None
     outputs = set(tracing.labels.roots(layer.out_labels).tolist())
     if node is last:
         reads = set(tracing.labels.roots(layer.in_labels).tolist())
-        return "zero" if reads <= inside and not outputs & inside else None
-    return "none" if outputs <= inside else None
+        return "zero" if reads and reads <= inside and not outputs & inside else None
+    if not outputs <= inside:
+        return None
+    return "none" if node in ending else "one"
 
 
 def _used_outside(tracing: Tracing, path: str, dead: frozenset[Node]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -23,6 +23,7 @@ class ChannelGroup:
     producers: tuple[str, ...]
     branch: int | None = None  # the removable branch whose inside this group is
     may_vanish: bool = False  # width 0 is legal: with its branch, or beside other channels of the same tensors
+    unit: int = 1  # channels of a layer that one gate stands for: the width of a head, a group of a convolution
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ class Layer:
     out_index: Ints
     in_index: Ints  # empty for a depthwise layer
     positions: int  # output elements per channel: H·W
-    kernel: int  # k·k
+    kernel: float  # k·k; of a transposed convolution times input positions / output positions
     branch: int | None = None
+    product: bool = False  # of two activations, as in attention: it costs MACs, but makes no channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +88,7 @@ class Branch:
     groups: tuple[int, ...]
     stubs: tuple[tuple[str, str], ...]  # (module, kind of stub that replaces it)
     tail: tuple[str, ...] = ()  # affine tensors by which the branch's output is scaled to zero when it is gone
+    end: str = ""  # the traced op that hands the branch's output on
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +103,7 @@ class ChannelGraph:
     tallies: tuple[Tally, ...]
     branches: tuple[Branch, ...]
     input_shape: tuple[int, ...]
-    denied: tuple[str, ...] = field(default=())
+    norms: tuple[Slot, ...] = ()  # weights of norms whose statistics are taken of the living channels
 
     @cached_property
     def sizes(self) -> Ints:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from chipdeploy.graph.channels import KEPT, ChannelGraph
+from chipdeploy.graph.living import LivingWeight
 
 
 class Gating:
@@ -21,21 +23,34 @@ class Gating:
 
     def __init__(self, graph: ChannelGraph, device: torch.device | str = "cpu") -> None:
         self._slots = graph.gated_slots
-        self._sizes = [len(slot.index) for slot in self._slots]
+        self._norms = graph.norms
+        read = (*self._slots, *self._norms)
+        self._sizes = [len(slot.index) for slot in read]
         always = graph.channels  # position of the constant 1 behind the gates
-        index = np.concatenate([np.zeros(0, np.int64), *(slot.index for slot in self._slots)])
+        index = np.concatenate([np.zeros(0, np.int64), *(slot.index for slot in read)])
         self._index = torch.from_numpy(np.where(index == KEPT, always, index)).to(device)
         self._tails = [(name, i) for i, branch in enumerate(graph.branches) for name in branch.tail]
         inside = [(c, i) for i, branch in enumerate(graph.branches) for g in branch.groups for c in _channels(graph, g)]
         self._inside = torch.tensor(inside, dtype=torch.int64, device=device).reshape(-1, 2)
         self._branches = len(graph.branches)
 
-    def __call__(self, gates: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The scaled tensors by name, for `torch.func.functional_call`. gates: [channels] in [0, 1]."""
+    def __call__(self, gates: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | LivingWeight]:
+        """What the network is to compute with, by the tensors' names. gates: [channels] in [0, 1]."""
+        scaled, factors = self._scaled(gates, tensors)
+        living: dict[str, Tensor | LivingWeight] = {}
+        for slot, factor in zip(self._norms, factors[len(self._slots) :], strict=True):
+            living[slot.tensor] = LivingWeight(scaled.get(slot.tensor, tensors[slot.tensor]), factor)
+        return scaled | living
+
+    def fold(self, gates: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The scaled tensors by name, to be kept. Norms over channels must be cut to their living ones after that."""
+        return self._scaled(gates, tensors)[0]
+
+    def _scaled(self, gates: Tensor, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         scaled: dict[str, Tensor] = {}
         factors = torch.cat([gates, gates.new_ones(1)])[self._index]
         parts = torch.split(factors, self._sizes)
-        for slot, factor in zip(self._slots, parts, strict=True):
+        for slot, factor in zip(self._slots, parts, strict=False):
             tensor = scaled.get(slot.tensor, tensors[slot.tensor])
             view = [1] * tensor.dim()
             view[slot.dim] = -1
@@ -44,7 +59,7 @@ class Gating:
             alive = self.alive(gates).unbind()
             for name, branch in self._tails:
                 scaled[name] = scaled.get(name, tensors[name]) * alive[branch]
-        return scaled
+        return scaled, parts
 
     def alive(self, gates: Tensor) -> Tensor:
         """The widest open gate inside every branch, [branches]."""
@@ -53,7 +68,7 @@ class Gating:
 
 
 @contextmanager
-def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def swapped(model: nn.Module, tensors: Mapping[str, Tensor | LivingWeight]) -> Iterator[None]:
     """Inside, `model` computes with `tensors` in place of its parameters of these names; afterwards with its own.
 
     What `torch.func.functional_call` does, with fewer look-ups: it is paid in every step of the soft phase.
@@ -76,11 +91,10 @@ def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
             store[name] = parameter
 
 
-def gated_call(model: nn.Module, gating: Gating, gates: Tensor, *inputs: Tensor) -> Tensor:
+def gated_call(model: nn.Module, gating: Gating, gates: Tensor, *inputs: Tensor) -> Any:
     """Run `model` with its tensors scaled by `gates`; the model itself stays as it is."""
     with swapped(model, gating(gates, dict(model.named_parameters()))):
-        output: Tensor = model(*inputs)
-    return output
+        return model(*inputs)
 
 
 def _channels(graph: ChannelGraph, group: int) -> range:

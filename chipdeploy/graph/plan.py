@@ -97,8 +97,8 @@ def check_mask(graph: ChannelGraph, mask: Mask) -> None:
         inside = widths[list(branch.groups)]
         if inside.any() and not inside.all():
             raise InputError(f"the plan empties the branch {branch.name} in part; empty all of its groups or none")
-    gone = {module for i in dead_branches(graph, widths) for module, _ in graph.branches[i].stubs}
+    gone = tuple(f"{module}." for i in dead_branches(graph, widths) for module, _ in graph.branches[i].stubs)
     for slot in graph.slots:
         alive = (slot.index == KEPT) | mask[slot.index]
-        if not alive.any() and slot.tensor.rpartition(".")[0] not in gone:
+        if not alive.any() and not slot.tensor.startswith(gone):
             raise InputError(f"the plan keeps no channel of {slot.tensor}; keep 1 or more")

@@ -2,43 +2,127 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from chipdeploy.errors import ModelError
+from chipdeploy.errors import InputError, ModelError
 from chipdeploy.graph.channels import ChannelGraph, Mask
 from chipdeploy.graph.gating import Gating, gated_call
 from chipdeploy.graph.plan import PrunePlan
+from chipdeploy.graph.rules.base import Tracing
 from chipdeploy.graph.surgery import hard_prune
-from chipdeploy.graph.trace import evaluating
 
-TOLERANCE = 1e-3  # of the largest logit, in float32; a wrong cut is off by tens of percent
+TOLERANCE = 1e-3  # of the largest output, in float32; a wrong cut is off by tens of percent
+# Seeds and shares of dead branches; no seed: one channel in every group, which is the hardest for divisions.
+TRIALS = ((None, 0.0), (0, 0.0), (1, 1.0))
 
 
-def prove(model: nn.Module, graph: ChannelGraph, example: Tensor) -> None:
-    """Cut the model by two random plans and compare with the gated model on `example` [N, C, H, W], in eval mode.
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong with a cut."""
+
+    text: str
+    path: str | None  # the module whose forward could not follow; None where the outputs differ
+    dead_share: float
+
+
+def try_cut(model: nn.Module, graph: ChannelGraph, inputs: tuple[Tensor, ...]) -> Failure | None:
+    """Cut the model by random plans and compare with the gated model on `inputs`, in eval mode.
 
     Rules decide what may be cut; this looks at what they cannot see, such as numbers written into the forward pass.
-
-    Raises:
-        ModelError: the two disagree, the cut network does not run, or the output is not one tensor.
+    On the meta device only shapes are compared.
     """
-    gating = Gating(graph, example.device)
-    for seed, dead_share in ((0, 0.0), (1, 0.5)):
-        mask = random_mask(graph, seed, dead_share)
-        gates = torch.from_numpy(mask).to(example)
+    gating = Gating(graph, inputs[0].device)
+    for seed, dead_share in TRIALS:
+        if dead_share and not graph.branches:
+            continue
+        mask = _single(graph) if seed is None else random_mask(graph, seed, dead_share)
+        gates = torch.from_numpy(mask).to(inputs[0].device, _dtype(model))
+        try:
+            small = hard_prune(model, graph, PrunePlan.from_mask(graph, mask)).eval()
+        except InputError as error:
+            return Failure(str(error), None, dead_share)
         with torch.no_grad(), evaluating(model):
-            expected: object = gated_call(model, gating, gates, example)
-            if not isinstance(expected, Tensor):
-                kind = type(expected).__name__
-                raise ModelError(f"the model returns a {kind}; give one whose forward returns one tensor [N, classes]")
-            error = _difference(expected, _cut_output(model, graph, mask, example))
-        if not error <= TOLERANCE:
-            raise ModelError(
-                f"the cut network differs from the gated one by {error:.1e} of its largest output; the forward holds "
-                "numbers of channels, or is random, and chipdeploy cannot follow: take numbers from the tensors' shapes"
+            got, failed = _run(small, inputs)
+            if failed is not None:
+                return Failure(_cannot_follow(*failed), failed[0], dead_share)
+            try:
+                expected = gated_call(model, gating, gates, *inputs)
+            except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+                return Failure(f"the gated network does not run: {_first_line(error)}", None, dead_share)
+        gap = difference(expected, got)
+        if not gap <= TOLERANCE:
+            return Failure(
+                f"the cut network differs from the gated one by {gap:.1e} of its largest output; the forward holds "
+                "numbers of channels, or is random, and chipdeploy cannot follow: take numbers from tensors' shapes",
+                None,
+                dead_share,
             )
+    return None
+
+
+def prove(model: nn.Module, graph: ChannelGraph, example: Tensor | tuple[Tensor, ...]) -> None:
+    """Raises ModelError where a cut of the model would not equal its gated self on `example`."""
+    failure = try_cut(model, graph, example if isinstance(example, tuple) else (example,))
+    if failure is not None:
+        raise ModelError(failure.text)
+
+
+def repair(tracing: Tracing, failure: Failure, graph: ChannelGraph, banned: set[str]) -> bool:
+    """Pin what a failed cut went through, or forbid the branches; False when there is nothing left to try."""
+    if failure.dead_share > 0 and graph.branches:
+        return _ban(failure, graph, banned)
+    doubts = [doubt for doubt in tracing.doubts if tracing.labels.free(doubt.labels).any()]
+    blamed = doubts
+    if failure.path is not None:
+        for path in _upwards(failure.path):
+            kind = type(tracing.model.get_submodule(path))
+            inside = [doubt for doubt in doubts if doubt.path == path]
+            # What fails in one block of a kind fails in all of them.
+            alike = [doubt for doubt in doubts if type(tracing.model.get_submodule(doubt.path)) is kind]
+            if inside:
+                blamed = alike
+                break
+    for doubt in blamed:
+        where = doubt.path or "the model"
+        tracing.labels.pin(doubt.labels, f"the forward of {where} holds numbers of channels that cannot follow a cut")
+    return bool(blamed)
+
+
+def _ban(failure: Failure, graph: ChannelGraph, banned: set[str]) -> bool:
+    """Forbid the branches that the failing module takes part in, or all of them."""
+    path = failure.path
+    kinds = [] if path is None else [_around, _beside]
+    found = ({b.end for b in graph.branches if any(near(path or "", m) for m, _ in b.stubs)} for near in kinds)
+    # The nearest that are found at all; where nothing is near, no branch may go.
+    new = next((ends for ends in found if ends), {branch.end for branch in graph.branches}) - banned
+    banned |= new
+    return bool(new)
+
+
+def _around(path: str, other: str) -> bool:
+    """Whether one of two modules lies in the other."""
+    return bool(path) and (f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}."))
+
+
+def _beside(path: str, other: str) -> bool:
+    """Whether a module lies in another's parent."""
+    parent = other.rpartition(".")[0]
+    return path == parent or (bool(parent) and path.startswith(f"{parent}."))
+
+
+def _upwards(path: str) -> Iterator[str]:
+    """A module's path, then those of the modules around it, the model itself ("") last."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""
 
 
 def random_mask(graph: ChannelGraph, seed: int, dead_share: float) -> Mask:
@@ -52,20 +136,71 @@ def random_mask(graph: ChannelGraph, seed: int, dead_share: float) -> Mask:
     return mask
 
 
-def _cut_output(model: nn.Module, graph: ChannelGraph, mask: Mask, example: Tensor) -> Tensor:
-    small = hard_prune(model, graph, PrunePlan.from_mask(graph, mask)).eval()
+def _single(graph: ChannelGraph) -> Mask:
+    """The first channel of every group."""
+    mask = np.zeros(graph.channels, dtype=np.bool_)
+    mask[graph.offsets[:-1]] = True
+    return mask
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every submodule's own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
-        output: Tensor = small(example)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"the cut network does not run: {first}; the model's forward holds numbers of channels that chipdeploy "
-            "cannot follow: take them from the tensors' shapes"
-        ) from error
-    return output
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
-def _difference(expected: Tensor, got: Tensor) -> float:
-    if expected.shape != got.shape:
+def _run(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[object, tuple[str, str] | None]:
+    """The output, or the path of the module that failed and the first line of its error."""
+    stack: list[str] = []
+    names = {module: name for name, module in model.named_modules()}
+    enter = nn.modules.module.register_module_forward_pre_hook(lambda module, _: stack.append(names.get(module, "")))
+    leave = nn.modules.module.register_module_forward_hook(lambda module, _, __: _pop(stack))
+    try:
+        return model(*inputs), None
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, ZeroDivisionError) as error:
+        return None, (stack[-1] if stack else "", _first_line(error))
+    finally:
+        enter.remove()
+        leave.remove()
+
+
+def _pop(stack: list[str]) -> None:
+    stack.pop()
+
+
+def _cannot_follow(path: str, error: str) -> str:
+    return (
+        f"the cut network does not run: {error}; the forward of {path or 'the model'} holds numbers of channels that "
+        "chipdeploy cannot follow: take them from the tensors' shapes"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
+def difference(expected: object, got: object) -> float:
+    """Largest difference of two outputs of one structure, over the largest value of each tensor; inf where they differ
+    in shape."""
+    ones, others = (pytree.tree_flatten(side) for side in (expected, got))
+    if str(ones[1]) != str(others[1]):
         return float("inf")
-    return float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-12))
+    errors = [0.0]
+    for one, other in zip(ones[0], others[0], strict=True):
+        if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+            continue
+        if one.shape != other.shape:
+            return float("inf")
+        if one.is_floating_point() and one.numel() and not one.is_meta:
+            errors.append(float((one - other).abs().max() / one.abs().max().clamp_min(1e-12)))
+    return max(errors) if np.isfinite(errors).all() else float("inf")

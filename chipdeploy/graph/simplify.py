@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from chipdeploy.graph.branches import MOVES
 from chipdeploy.graph.rules.base import keeps_zero, op_name
 
 ZEROS = frozenset({"new_zeros", "zeros", "zeros_like"})
@@ -25,7 +26,7 @@ def remove_dead_branches(program: ExportedProgram) -> ExportedProgram:
         if node.op != "call_function":
             continue
         name = op_name(node)
-        if name in ZEROS or (keeps_zero(node) and node.args[0] in zeros):
+        if name in ZEROS or _zero_again(node, zeros):
             zeros.add(node)
         elif (other := _same_as(node, name, zeros)) is not None:
             node.replace_all_uses_with(other)
@@ -34,6 +35,13 @@ def remove_dead_branches(program: ExportedProgram) -> ExportedProgram:
     program.graph.eliminate_dead_code(is_impure_node=_must_stay)
     program.graph_module.recompile()
     return program
+
+
+def _zero_again(node: Node, zeros: set[Node]) -> bool:
+    """Whether an op hands zeros on."""
+    if op_name(node) == "mul":
+        return any(arg in zeros for arg in node.all_input_nodes)
+    return (keeps_zero(node) or op_name(node) in MOVES) and node.args[0] in zeros
 
 
 def _same_as(node: Node, name: str, zeros: set[Node]) -> Node | None:

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 
 class NoChannels(nn.Module):
-    """A layer whose outputs were all cut: [N, *, H, W] ▶ [N, 0, H', W']."""
+    """A layer whose outputs were all cut: [N, *, H, W] ▶ [N, 0, H', W'].
 
-    def __init__(self, layer: nn.Module) -> None:
+    One channel of zeros stands there where the branch runs on, to layers that are stubs as well: pools and views do not
+    work on nothing.
+    """
+
+    def __init__(self, layer: nn.Module, channels: int = 0) -> None:
         super().__init__()
         self.geometry = Geometry.of(layer)
+        self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros(self.geometry.shape(x.shape, 0))
+        return x.new_zeros(self.geometry.shape(x.shape, self.channels))
+
+
+class Still(nn.Module):
+    """A module whose whole inside was cut, and whose output has its input's shape: zeros. The export drops the sum."""
+
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        return torch.zeros_like(x)
 
 
 class Zeros(nn.Module):

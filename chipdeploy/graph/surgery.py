@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from chipdeploy.graph.channels import KEPT, ChannelGraph, Mask
 from chipdeploy.graph.labels import Ints
 from chipdeploy.graph.plan import PrunePlan, dead_branches, group_widths
-from chipdeploy.graph.stubs import NoChannels, Zeros
+from chipdeploy.graph.stubs import NoChannels, Still, Zeros
 
 
 def hard_prune(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> nn.Module:
@@ -24,7 +24,10 @@ def hard_prune(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> nn.Mod
     small = copy.deepcopy(model)
     _slice_tensors(small, graph, mask)
     for count in graph.counts:
-        setattr(small.get_submodule(count.module), count.attribute, int(_alive(count.index, mask).sum()))
+        module = small.get_submodule(count.module)
+        width = int(_alive(count.index, mask).sum())
+        stated = getattr(module, count.attribute)
+        setattr(module, count.attribute, (width,) if isinstance(stated, tuple) else width)
     for number in dead_branches(graph, group_widths(graph, mask)):
         for path, kind in graph.branches[number].stubs:
             small.set_submodule(path, _stub(small.get_submodule(path), kind))
@@ -62,7 +65,9 @@ def _like(tensor: Tensor, values: Tensor) -> Tensor:
 def _stub(module: nn.Module, kind: str) -> nn.Module:
     if kind == "pass":
         return nn.Identity()
-    if kind == "none":
-        return NoChannels(module)
+    if kind == "still":
+        return Still()
+    if kind in ("none", "one"):
+        return NoChannels(module, 0 if kind == "none" else 1)
     channels = getattr(module, "out_channels", None)
     return Zeros(module, int(channels if channels is not None else module.out_features))  # type: ignore[arg-type]

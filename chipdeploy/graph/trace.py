@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -25,28 +24,65 @@ from chipdeploy.graph.channels import (
     Slot,
     Tally,
 )
-from chipdeploy.graph.labels import Flow, Ints, Labels
+from chipdeploy.graph.labels import Ints, Labels
+from chipdeploy.graph.proof import evaluating, repair, try_cut
 from chipdeploy.graph.rules import RULES, Denied, Tracing
-from chipdeploy.graph.rules.base import op_name, shape, tensor_arguments
+from chipdeploy.graph.rules.base import Flow, op_name, tensor_arguments
+from chipdeploy.graph.settle import settle
+
+Example = Tensor | tuple[Tensor, ...]
+# What a rule meets when an op is called in a way that it was not written for: denied, like an op without a rule.
+UNREADABLE = (AttributeError, TypeError, ValueError, IndexError, KeyError, AssertionError)
+MOST_TRIALS = 24  # repairs after which a model that cannot follow its cuts is refused
 
 
-def trace(model: nn.Module, example: Tensor) -> ChannelGraph:
-    """The channel graph of `model` for inputs shaped like `example` [N, C, H, W].
+def trace(model: nn.Module, example: Example, *, exclude: Sequence[str] = ()) -> ChannelGraph:
+    """The channel graph of `model` for inputs shaped like `example`: images [N, C, H, W], or a tuple of all its inputs.
 
-    The model is analysed in eval mode and handed back as it was.
+    The model is analysed in eval mode and handed back as it was. What the rules accept is cut twice at random and
+    compared with its gated self; code that cannot follow a cut keeps its channels.
+
+    Args:
+        exclude: patterns such as `layer4.*`; the layers that match keep all their outputs.
 
     Raises:
-        ModelError: `torch.export` cannot follow the model, a layer is registered under two names, or nothing in it can
-            be pruned.
+        ModelError: `torch.export` cannot follow the model, a layer is registered under two names, nothing in it can
+            be pruned, or its cut would not equal its gated self.
+        UsageError: a pattern that matches no layer.
     """
     _refuse_aliases(model)
-    program = export_program(model, example)
-    tracing = _walk(model, program)
+    inputs = example if isinstance(example, tuple) else (example,)
+    program = export_program(model, inputs)
+    tracing = _walk(model, program, inputs)
+    settle(tracing, exclude)
     output = next(node for node in program.graph.nodes if node.op == "output")
-    graph = _Numbering(tracing, find_branches(tracing, output)).graph(model, tuple(example.shape))
-    if not graph.groups:
-        raise ModelError(f"nothing to prune: every channel is pinned; got {len(graph.pinned)} pinned groups")
-    return graph
+    banned: set[str] = set()
+    text = ""
+    for _ in range(MOST_TRIALS):
+        graph = _Numbering(tracing, find_branches(tracing, output, banned)).graph(model, tuple(inputs[0].shape))
+        if not graph.groups:
+            raise ModelError(f"nothing to prune: every channel is pinned; {_most_frequent(graph)}")
+        failure = try_cut(model, graph, inputs)
+        import os
+
+        os.environ.get("DBG") and print(failure)
+        if failure is None:
+            return graph
+        text = failure.text
+        if not repair(tracing, failure, graph, banned):
+            break
+    raise ModelError(text)
+
+
+def _most_frequent(graph: ChannelGraph) -> str:
+    """The reason that holds most channels."""
+    held: dict[str, int] = {}
+    for group in graph.pinned:
+        held[group.reason] = held.get(group.reason, 0) + group.size
+    if not held:
+        return "it has no layer with channels"
+    reason = max(held, key=lambda text: held[text])
+    return f"{held[reason]} of {sum(held.values())}: {reason}"
 
 
 def _refuse_aliases(model: nn.Module) -> None:
@@ -60,7 +96,7 @@ def _refuse_aliases(model: nn.Module) -> None:
         paths[module] = path
 
 
-def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
+def export_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
     """`torch.export` of the model in eval mode.
 
     Raises:
@@ -69,49 +105,33 @@ def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
     with evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return torch.export.export(model, (example,))
+            return torch.export.export(model, inputs)
         except Exception as error:  # the exporter raises many kinds; each means the same to the user
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(
-                f"the model cannot be traced for images {list(example.shape)[1:]}: {first}; "
+                f"the model cannot be traced for images {list(inputs[0].shape)[1:]}: {first}; "
                 "make its forward free of data-dependent Python, or check the image size"
             ) from error
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every submodule's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _walk(model: nn.Module, program: ExportedProgram) -> Tracing:
+def _walk(model: nn.Module, program: ExportedProgram, inputs: tuple[Tensor, ...]) -> Tracing:
     signature = program.graph_signature
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     first = _first_names(model)
-    tracing = Tracing(model, Labels(), {name: first[str(target)] for name, target in targets.items()})
+    names = {name: first[str(target)] for name, target in targets.items() if str(target) in first}
+    tracing = Tracing(model, Labels(), names, batch=max(1, int(inputs[0].shape[0])))
     untouchable: set[str] = set()
     for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name not in tracing.tensors:
-            tracing.flows[node] = _pinned_flow(tracing, node, "the network's input")
+        if node.op == "placeholder":
+            if node.name not in names:
+                tracing.flows[node], tracing.reasons[node] = None, "the network's input"
         elif node.op == "output":
             for value in node.all_input_nodes:
-                _pin_inputs(tracing, value, "feeds the model's output")
-        elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
-            tracing.flows[node] = _apply(tracing, node, untouchable)
+                _pin_inputs(tracing, value, "feeds the model's output", untouchable)
         elif node.op == "call_function":
-            for value in tensor_arguments(node):
-                _pin_inputs(tracing, value, f"no rule for {node.target}")
-                if tracing.is_tensor(value):
-                    untouchable.add(tracing.tensor_name(value))
-    for (name, _), (labels, _) in tracing.dims.items():
-        if name in untouchable:
-            tracing.labels.pin(labels, f"{name} is also read by an operation without a rule")
+            tracing.flows[node] = _apply(tracing, node, untouchable)
+    for name in untouchable:
+        _pin_tensor(tracing, name, f"{name} is also read by an operation without a rule")
     return tracing
 
 
@@ -125,39 +145,42 @@ def _first_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def _apply(tracing: Tracing, node: Node, untouchable: set[str]) -> Flow | None:
+def _apply(tracing: Tracing, node: Node, untouchable: set[str]) -> Flow:
     """Default deny: without a rule, or when the rule refuses, all channels that go in are pinned."""
     apply = RULES.get(op_name(node))
     try:
         if apply is None:
             raise Denied("no rule for it")
-        flow = apply(tracing, node)
-        bound = tracing.tensors_of.get(node, [])
-        read = (tracing.tensor_name(value) for value in tensor_arguments(node) if tracing.is_tensor(value))
-        untouchable.update(name for name in read if name not in bound)
-        return flow
+        try:
+            return apply(tracing, node)
+        except UNREADABLE as error:
+            raise Denied(f"arguments that its rule cannot read ({type(error).__name__})") from error
     except Denied as refusal:
         path = tracing.owner(node)[0] or "the model"
+        reason = f"{op_name(node)} in {path}: {refusal}"
         for value in tensor_arguments(node):
-            _pin_inputs(tracing, value, f"{op_name(node)} in {path}: {refusal}")
-            if tracing.is_tensor(value):
-                untouchable.add(tracing.tensor_name(value))
-        return None
+            _pin_inputs(tracing, value, reason, untouchable)
+        tracing.reasons[node] = reason
+        several = isinstance(node.meta.get("val"), tuple | list)
+        return [None] * len(node.meta["val"]) if several else None
 
 
-def _pin_inputs(tracing: Tracing, node: Node, reason: str) -> None:
+def _pin_inputs(tracing: Tracing, node: Node, reason: str, untouchable: set[str]) -> None:
+    if tracing.is_tensor(node):
+        untouchable.add(tracing.tensor_name(node))
+        return
     flow = tracing.flows.get(node)
-    if flow is not None:
-        tracing.labels.pin(flow.labels, reason)
+    for labels in flow if isinstance(flow, list) else [flow]:
+        if labels is not None:
+            tracing.labels.pin(labels, reason)
 
 
-def _pinned_flow(tracing: Tracing, node: Node, reason: str) -> Flow | None:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor) or value.dim() < 2:
-        return None
-    labels = tracing.labels.new(shape(node)[1])
-    tracing.labels.pin(labels, reason)
-    return Flow(1, labels)
+def _pin_tensor(tracing: Tracing, name: str, reason: str) -> None:
+    for (tensor, _), (labels, _) in tracing.dims.items():
+        if tensor == name:
+            tracing.labels.pin(labels, reason)
+    if name in tracing.whole:
+        tracing.labels.pin(tracing.whole[name], reason)
 
 
 class _Numbering:
@@ -185,6 +208,7 @@ class _Numbering:
                 use.positions,
                 use.kernel,
                 self._branch_of_node(use.node),
+                use.mult,
             )
             for use in tracing.layers
         )
@@ -199,16 +223,18 @@ class _Numbering:
             tallies=self._tallies(model, slots),
             branches=self._branches(groups),
             input_shape=input_shape,
+            norms=tuple(Slot(name, 0, index, True) for name, index in self._norms()),
         )
 
-    def _classes(self) -> dict[tuple[tuple[str, int], ...], list[int]]:
-        """Prunable roots by the tensors in which they occur: those that always occur together form one group."""
-        places: dict[int, list[tuple[str, int]]] = {}
-        for key, (labels, _) in self._tracing.dims.items():
-            for root in np.unique(self._tracing.labels.roots(labels)).tolist():
-                if self._tracing.labels.reason(root) is None:
-                    places.setdefault(root, []).append(key)
-        classes: dict[tuple[tuple[str, int], ...], list[int]] = {}
+    def _classes(self) -> dict[tuple[tuple[str, int, int], ...], list[int]]:
+        """Prunable roots by the tensors in which they occur, and how often: those of one kind form one group."""
+        places: dict[int, list[tuple[str, int, int]]] = {}
+        for (name, dim), (labels, _) in self._tracing.dims.items():
+            free = labels[self._tracing.labels.free(labels)]
+            roots, times = np.unique(self._tracing.labels.roots(free), return_counts=True)
+            for root, count in zip(roots.tolist(), times.tolist(), strict=True):
+                places.setdefault(root, []).append((name, dim, count))
+        classes: dict[tuple[tuple[str, int, int], ...], list[int]] = {}
         for root in sorted(places):
             classes.setdefault(tuple(places[root]), []).append(root)
         return classes
@@ -216,6 +242,11 @@ class _Numbering:
     def _index(self, labels: Ints) -> Ints:
         roots = self._tracing.labels.roots(labels).tolist()
         return np.array([self._number.get(root, KEPT) for root in roots], dtype=np.int64)
+
+    def _norms(self) -> list[tuple[str, Ints]]:
+        """Weights of norms over channels of which some may be cut."""
+        found = ((name, self._index(labels)) for name, labels in self._tracing.living.items())
+        return [(name, index) for name, index in found if (index != KEPT).any()]
 
     def _branch_of_node(self, node: Node) -> int | None:
         return next((i for i, use in enumerate(self._uses) if node in use.nodes), None)
@@ -231,26 +262,35 @@ class _Numbering:
             taken = sum(other.split("#")[0] == name for other in names)
             names.append(f"{name}#{taken + 1}" if taken else name)
         return tuple(
-            ChannelGroup(name, len(roots), made, branch, may)
+            ChannelGroup(name, len(roots), made, branch, may, self._unit(layers, roots[0]))
             for name, roots, made, branch, may in zip(names, self._roots, makers, branches, vanish, strict=True)
         )
 
+    def _unit(self, layers: tuple[Layer, ...], root: int) -> int:
+        """Channels of one layer that a gate stands for, e.g. the width of a head."""
+        channel = self._number[root]
+        return max((int((layer.out_index == channel).sum()) for layer in layers if not layer.product), default=1) or 1
+
     @staticmethod
     def _producers(layers: tuple[Layer, ...], channel: int) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(layer.name for layer in layers if (layer.out_index == channel).any()))
+        makers = (layer for layer in layers if not layer.product and (layer.out_index == channel).any())
+        return tuple(dict.fromkeys(layer.name for layer in makers))
 
     def _pinned(self) -> tuple[PinnedGroup, ...]:
         """Pinned outputs of the layers, one entry a layer and reason."""
         found: dict[tuple[str, str], int] = {}
         for use in self._tracing.layers:
-            for root in np.unique(self._tracing.labels.roots(use.out_labels)).tolist():
+            if use.mult:
+                continue
+            roots, times = np.unique(self._tracing.labels.roots(use.out_labels), return_counts=True)
+            for root, count in zip(roots.tolist(), times.tolist(), strict=True):
                 reason = self._tracing.labels.reason(root)
                 if reason is not None:
-                    found[use.name, reason] = found.get((use.name, reason), 0) + 1
+                    found[use.name, reason] = found.get((use.name, reason), 0) + count
         return tuple(PinnedGroup(name, size, reason) for (name, reason), size in found.items())
 
     def _tallies(self, model: nn.Module, slots: tuple[Slot, ...]) -> tuple[Tally, ...]:
-        readers = {name: node for node, names in self._tracing.tensors_of.items() for name in names}
+        homes = [(path, number) for number, use in enumerate(self._uses) for path, _ in use.stubs]
         indices: dict[str, list[Slot]] = {}
         for slot in slots:
             indices.setdefault(slot.tensor, []).append(slot)
@@ -258,7 +298,7 @@ class _Numbering:
         for name, parameter in model.named_parameters():
             bound = indices.get(name, [])
             unit = int(np.prod([n for dim, n in enumerate(parameter.shape) if dim not in {s.dim for s in bound}]))
-            branch = self._branch_of_node(readers[name]) if name in readers else None
+            branch = next((number for path, number in homes if name.startswith(f"{path}.")), None)
             tallies.append(Tally(name, unit, tuple(slot.index for slot in bound), branch))
         return tuple(tallies)
 
@@ -267,7 +307,7 @@ class _Numbering:
         for number, use in enumerate(self._uses):
             inside = tuple(i for i, group in enumerate(groups) if group.branch == number)
             name = _common_path([module for module, _ in use.stubs])
-            found.append(Branch(name, inside, use.stubs, use.tail))
+            found.append(Branch(name, inside, use.stubs, use.tail, use.end))
         return tuple(found)
 
 

@@ -34,8 +34,26 @@ def test_unite_may_close_a_cycle():
 
 def test_unite_refuses_different_lengths():
     labels = Labels()
-    with pytest.raises(ValueError, match="shorter"):
-        labels.unite(labels.new(2), labels.new(1))
+    with pytest.raises(ValueError, match="broadcast"):
+        labels.unite(labels.new(2), labels.new(3))
+
+
+def test_unite_broadcasts_and_reduced_drops_what_does_not_differ():
+    labels = Labels()
+    table, row = labels.new(3, 2), labels.new(2)
+    labels.unite(table, row)
+    assert labels.roots(table).tolist() == [[0, 1]] * 3
+    assert labels.reduced(table).shape == (1, 2)
+    assert labels.merge(table, 1).tolist() == [[0]] * 3
+
+
+def test_many_partners_of_one_label_end_in_one_class():
+    labels = Labels()
+    a, b = labels.new(1), labels.new(5)
+    labels.pin(b[3:4], "third")
+    labels.unite(b[::-1], a)
+    assert labels.roots(b).tolist() == [0] * 5
+    assert labels.reason(0) == "third"
 
 
 def test_a_pin_outlives_a_union_and_the_first_reason_stays():

@@ -7,7 +7,7 @@ from torch import nn
 
 from chipdeploy.errors import ModelError
 from chipdeploy.graph.plan import check_mask
-from chipdeploy.graph.proof import prove, random_mask
+from chipdeploy.graph.proof import difference, prove, random_mask
 from chipdeploy.graph.trace import trace
 from chipdeploy.training.models import build_model
 
@@ -61,7 +61,7 @@ def test_random_cuts_are_legal():
         assert not mask.all()
 
 
-def test_a_model_with_more_than_one_output_is_refused():
+def test_every_output_is_compared():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -72,5 +72,14 @@ def test_a_model_with_more_than_one_output_is_refused():
             return x, x.mean()
 
     model = Two()
-    with pytest.raises(ModelError, match="returns a tuple"):
-        prove(model, trace(model, EXAMPLE), EXAMPLE)
+    graph = trace(model, EXAMPLE)
+    assert [(group.name, group.size) for group in graph.groups] == [("first", 8)]
+    prove(model, graph, EXAMPLE)
+
+
+def test_a_nan_in_one_output_is_a_difference():
+    one, nan = torch.ones(2), torch.tensor([1.0, float("nan")])
+    assert difference((one, one), (one, one)) == 0.0
+    assert difference((nan, one), (nan, one)) == float("inf")
+    assert difference((one, one), [one, one]) == float("inf")
+    assert difference({"a": one}, {"a": one + 0.5}) == 0.5

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from chipdeploy.errors import ModelError
+from chipdeploy.errors import ModelError, UsageError
 from chipdeploy.graph.channels import KEPT
 from chipdeploy.graph.trace import trace
 from chipdeploy.training.models import build_model
@@ -94,28 +94,15 @@ class Buffered(nn.Module):
 DENIED = {
     "sort": (lambda net, x: torch.sort(x, dim=1).values, {}, "sort"),
     "softmax": (lambda net, x: torch.softmax(x, dim=1), {}, "softmax"),
-    "flip": (lambda net, x: x.flip(1), {}, "flip"),
-    "group norm": (lambda net, x: net.norm(x), {"norm": nn.GroupNorm(2, 8)}, "group_norm in norm"),
-    "prelu": (lambda net, x: net.act(x), {"act": nn.PReLU(8)}, "prelu in act"),
     "computed weight": (
         lambda net, x: F.conv2d(x, net.inner.weight * 2),
         {"inner": nn.Conv2d(8, 8, 1)},
         "weight is computed",
     ),
-    "grouped convolution": (
-        lambda net, x: net.inner(x),
-        {"inner": nn.Conv2d(8, 8, 1, groups=2)},
-        "inner: convolution with 2 groups of 4 channels",
-    ),
     "groups in the code": (lambda net, x: net.inner(x), {"inner": Functional()}, "groups written in the code"),
     "weight in a buffer": (lambda net, x: net.inner(x), {"inner": Buffered()}, "its weight is a buffer"),
-    "fixed slice": (lambda net, x: x[:, :4], {"channels": 4}, "takes a fixed slice of the channels"),
-    "attention map": (lambda net, x: x * x.mean(1, keepdim=True), {}, "averages over the channels"),
-    "attention by a convolution": (
-        lambda net, x: x * torch.sigmoid(net.inner(x)),
-        {"inner": nn.Conv2d(8, 1, 1)},
-        "broadcasts one channel over many",
-    ),
+    "fixed slice": (lambda net, x: x[:, :4], {"channels": 4}, "holds numbers of channels that cannot follow a cut"),
+    "attention map": (lambda net, x: x * x.mean(1, keepdim=True), {}, "reduces the channels"),
     "padded by numbers in the code": (
         lambda net, x: F.pad(x, (0, 0, 0, 0, 2, 2)),
         {"channels": 12},
@@ -124,7 +111,7 @@ DENIED = {
     "view by numbers in the code": (
         lambda net, x: x.view(x.shape[0], 8, 8, 8),
         {},
-        "reshapes to numbers written in the code",
+        "holds numbers of channels that cannot follow a cut",
     ),
     "scaled by the number of channels": (lambda net, x: x / x.shape[1], {}, "count of its 8 channels"),
     "clamped by a tensor": (
@@ -133,6 +120,59 @@ DENIED = {
         "its limits are tensors",
     ),
 }
+
+
+# What used to stop a cut and now follows it: the operation, its modules, and the groups that are found.
+FOLLOWED = {
+    "flip": (lambda net, x: x.flip(1), {}, {"stem": 8, "head": 4}),
+    "group norm in whole groups": (lambda net, x: net.norm(x), {"norm": nn.GroupNorm(2, 8)}, {"stem": 2, "head": 4}),
+    "one slope a channel": (lambda net, x: net.act(x), {"act": nn.PReLU(8)}, {"stem": 8, "head": 4}),
+    "many groups are cut whole": (
+        lambda net, x: net.inner(x),
+        {"inner": nn.Conv2d(8, 8, 1, groups=4)},
+        {"stem": 4, "head": 4},
+    ),
+    "few groups are cut inside": (
+        lambda net, x: net.inner(x),
+        {"inner": nn.Conv2d(8, 8, 1, groups=2)},
+        {"stem": 4, "inner": 4, "head": 4},
+    ),
+    "attention by a convolution": (
+        lambda net, x: x * torch.sigmoid(net.inner(x)),
+        {"inner": nn.Conv2d(8, 1, 1)},
+        {"stem": 8, "head": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOLLOWED)
+def test_rules_that_carry_channels(case):
+    operation, arguments, groups = FOLLOWED[case]
+    graph = graph_of(operation, **arguments)
+    assert {group.name: group.size for group in graph.groups} == groups
+
+
+def test_one_channel_that_is_broadcast_over_many_is_pinned():
+    graph = graph_of(lambda net, x: x * torch.sigmoid(net.inner(x)), inner=nn.Conv2d(8, 1, 1))
+    assert "broadcast over many" in reasons(graph)["inner"]
+
+
+def test_frozen_layers_are_pinned_by_name():
+    net = Net(lambda net, x: net.inner(x), inner=nn.Conv2d(8, 8, 1))
+    net.inner.weight.requires_grad_(False)
+    graph = trace(net, torch.zeros(2, 3, 8, 8))
+    assert [group.name for group in graph.groups] == ["head"]
+    assert reasons(graph)["inner"] == "inner.weight is frozen (requires_grad is False)"
+    assert reasons(graph)["stem"] == "inner.weight is frozen (requires_grad is False)"
+
+
+def test_excluded_layers_keep_their_outputs():
+    net = Net(lambda net, x: net.inner(x), inner=nn.Conv2d(8, 8, 1))
+    graph = trace(net, torch.zeros(2, 3, 8, 8), exclude=["in*"])
+    assert [group.name for group in graph.groups] == ["stem", "head"]
+    assert reasons(graph)["inner"] == "excluded by in*"
+    with pytest.raises(UsageError, match="--exclude body matches no layer"):
+        trace(net, torch.zeros(2, 3, 8, 8), exclude=["body"])
 
 
 @pytest.mark.parametrize("case", DENIED)
@@ -146,7 +186,7 @@ def test_default_deny_names_what_stood_in_the_way(case):
 def test_a_weight_that_is_also_read_by_an_unknown_operation_stays_whole():
     graph = graph_of(lambda net, x: F.conv2d(net.inner(x).relu(), -net.inner.weight), inner=nn.Conv2d(8, 8, 1))
     assert [group.name for group in graph.groups] == ["head"]
-    assert "inner.weight is also read by an operation without a rule" in reasons(graph)["stem"]
+    assert "inner.weight is read as a weight and element by element" in reasons(graph)["stem"]
 
 
 def branching(net, x):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import nn
 from torch.fx import Node
 
-from chipdeploy.graph.labels import Flow, Ints, Labels
+from chipdeploy.graph.labels import Ints, Labels
 
-Rule: TypeAlias = "Callable[[Tracing, Node], Flow | None]"
+# The labels of a tensor; None where nothing in it is ever cut; a list for an op with several results.
+Flow: TypeAlias = "Ints | list[Ints | None] | None"
+Rule: TypeAlias = "Callable[[Tracing, Node], Flow]"
 RULES: dict[str, Rule] = {}
 
 
@@ -35,6 +37,8 @@ def rule(*ops: str) -> Callable[[Rule], Rule]:
 def op_name(node: Node) -> str:
     """`aten.relu_.default` becomes `relu`."""
     name = str(node.target)
+    if name.startswith("<built-in"):
+        return name.split()[-1].rstrip(">")
     parts = name.split(".")
     return (parts[1] if len(parts) > 1 else name).rstrip("_")
 
@@ -44,6 +48,11 @@ def shape(node: Node) -> tuple[int, ...]:
     return tuple(int(size) for size in node.meta["val"].shape)
 
 
+def argument(node: Node, index: int, name: str, default: object = None) -> object:
+    """An op's argument, given by place or by name."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
 @dataclass
 class LayerUse:
     """One use of a convolution or linear weight, before labels become channel numbers."""
@@ -51,9 +60,28 @@ class LayerUse:
     node: Node
     name: str
     out_labels: Ints
-    in_labels: Ints  # empty for a depthwise layer
+    in_labels: Ints  # of one group; empty where each output reads a constant number of channels
     positions: int
-    kernel: int
+    kernel: float
+    mult: bool = False  # a product of activations: it makes no channels
+
+
+@dataclass
+class SizeUse:
+    """A size along a labelled dimension that a reshape was told: a number in the code, or a module's attribute."""
+
+    path: str
+    labels: Ints
+    axis: int
+    size: int
+
+
+@dataclass
+class Doubt:
+    """Channels that pass through code whose numbers may be literals; a trial cut tells."""
+
+    path: str
+    labels: Ints
 
 
 @dataclass
@@ -63,24 +91,62 @@ class Tracing:
     model: nn.Module
     labels: Labels
     tensors: dict[str, str]  # placeholder name ▶ parameter or buffer name
-    flows: dict[Node, Flow | None] = field(default_factory=dict)
+    batch: int = 1
+    flows: dict[Node, Flow] = field(default_factory=dict)
+    reasons: dict[Node, str] = field(default_factory=dict)  # of nodes in which nothing is ever cut
     dims: dict[tuple[str, int], tuple[Ints, bool]] = field(default_factory=dict)  # (tensor, dim) ▶ labels, gated
+    whole: dict[str, Ints] = field(default_factory=dict)  # tensors read element by element ▶ labels of all dimensions
     counts: list[tuple[str, str, Ints]] = field(default_factory=list)
     layers: list[LayerUse] = field(default_factory=list)
     tensors_of: dict[Node, list[str]] = field(default_factory=dict)  # parameters that a node reads
+    grids: list[Ints] = field(default_factory=list)  # dimensions split in several: what is left must be a grid
+    sizes: list[SizeUse] = field(default_factory=list)
+    doubts: list[Doubt] = field(default_factory=list)
+    scales: list[tuple[str, Ints, int]] = field(default_factory=list)  # path, labels, axis whose size may be a factor
+    living: dict[str, Ints] = field(default_factory=dict)  # weights of norms over channels ▶ labels
     _owners: dict[Node, tuple[str, nn.Module]] = field(default_factory=dict)
 
-    def flow(self, node: object, dim: int) -> Ints:
-        """Labels of `node` along `dim`; fresh pinned ones where nothing is known."""
+    def flow(self, node: object) -> Ints | None:
+        """The labels of a tensor, or None where nothing in it is ever cut."""
+        if not isinstance(node, Node):
+            return None
+        if self.is_tensor(node):
+            return self._whole(node)
+        flow = self.flows.get(node)
+        assert not isinstance(flow, list)
+        return None if flow is None else self.labels.reduced(flow)
+
+    def channels(self, node: object, axis: int) -> Ints:
+        """Labels along `axis`, int64 [size]; pinned ones where nothing is known.
+
+        Raises:
+            Denied: channels differ along another dimension, too.
+        """
         assert isinstance(node, Node)
-        known = self.flows.get(node)
-        if known is not None and known.dim == dim:
-            return known.labels
-        if known is not None:
-            self.labels.pin(known.labels, f"read along another dimension by {node.name}")
-        fresh = self.labels.new(shape(node)[dim])
-        self.labels.pin(fresh, "comes from an operation without a channel rule")
-        return fresh
+        sizes = shape(node)
+        flow = self.flow(node)
+        if flow is None:
+            one = self.labels.new(1)
+            self.labels.pin(one, self.reasons.get(node, "comes from an operation without a channel rule"))
+            return np.repeat(one, sizes[axis])
+        if any(size > 1 for dim, size in enumerate(flow.shape) if dim != axis % len(sizes)):
+            raise Denied("its channels lie along another dimension")
+        return np.broadcast_to(flow.reshape(-1), (sizes[axis],))
+
+    def mixed(self, node: Node, axes: Sequence[int], what: str) -> Ints | None:
+        """The labels after an op that mixes along `axes`: where other dimensions tell channels apart, those are units.
+
+        Raises:
+            Denied: the channels themselves are mixed.
+        """
+        flow = self.flow(node)
+        for axis in axes:
+            if flow is None or flow.shape[axis] == 1:
+                continue
+            if flow.size == flow.shape[axis]:
+                raise Denied(f"{what} the channels")
+            flow = self.labels.merge(flow, axis)
+        return flow
 
     def is_tensor(self, node: object) -> bool:
         """Whether `node` is a parameter or buffer itself, not computed from one."""
@@ -100,6 +166,14 @@ class Tracing:
             assert isinstance(node, Node)
             return self.tensors[node.name]
         raise Denied("its weight is computed in the forward pass")
+
+    def _whole(self, node: Node) -> Ints | None:
+        name = self.tensor_name(node)
+        if name not in self.whole:
+            if not node.meta["val"].is_floating_point():
+                return None
+            self.whole[name] = self.labels.new(*shape(node))
+        return self.labels.reduced(self.whole[name])
 
     def bind(self, user: Node, tensor: object, dim: int, labels: Ints, *, gated: bool = False) -> None:
         """Say that `tensor`'s dimension `dim` carries `labels`; a tensor used twice unites its labels."""
@@ -125,21 +199,59 @@ class Tracing:
         self._owners[node] = path, self.model.get_submodule(path)
         return self._owners[node]
 
+    def positions(self, node: Node, channels: int) -> int:
+        """Elements per channel of one sample."""
+        return int(np.prod(shape(node), dtype=np.int64)) // max(1, channels * self.batch)
+
 
 def keeps_zero(node: Node) -> bool:
     """Whether an op maps zeros to zeros."""
     if op_name(node) == "hardtanh":
         low, high = (*node.args[1:3], -1.0, 1.0)[:2] if len(node.args) != 2 else (node.args[1], 1.0)
         return isinstance(low, int | float) and isinstance(high, int | float) and low <= 0 <= high
-    return op_name(node) in ("relu", "dropout", "leaky_relu", "clone", "contiguous", "relu6")
+    return op_name(node) in ZERO_KEEPERS
 
 
-def positions(node: Node, channel_dim: int) -> int:
-    """Elements per channel of one sample: the product of all sizes but batch and channels."""
-    sizes = shape(node)
-    return int(np.prod([size for dim, size in enumerate(sizes) if dim not in (0, channel_dim)], dtype=np.int64))
+ZERO_KEEPERS = frozenset(
+    [
+        "relu",
+        "relu6",
+        "leaky_relu",
+        "elu",
+        "selu",
+        "celu",
+        "gelu",
+        "silu",
+        "mish",
+        "hardswish",
+        "tanh",
+        "abs",
+        "neg",
+        "sqrt",
+        "square",
+        "dropout",
+        "feature_dropout",
+        "clone",
+        "contiguous",
+        "detach",
+        "alias",
+        "to",
+    ]
+)
 
 
 def tensor_arguments(node: Node) -> list[Node]:
-    """The tensors that a node reads, nested lists (cat) included."""
-    return [arg for arg in node.all_input_nodes if isinstance(arg.meta.get("val"), torch.Tensor)]
+    """The tensors that a node reads, nested lists (cat) and ops with several results included."""
+    return [arg for arg in node.all_input_nodes if isinstance(arg.meta.get("val"), torch.Tensor | tuple | list)]
+
+
+def numbers(values: object) -> list[int]:
+    """A dimension or a list of them as a list of integers.
+
+    Raises:
+        Denied: a size is not a constant of the trace.
+    """
+    listed = values if isinstance(values, list | tuple) else [values]
+    if not all(isinstance(value, int) for value in listed):
+        raise Denied("its sizes are computed in the forward pass")
+    return [int(value) for value in cast("Sequence[int]", listed)]

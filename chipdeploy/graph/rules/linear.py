@@ -5,84 +5,154 @@ from __future__ import annotations
 import numpy as np
 from torch.fx import Node
 
-from chipdeploy.graph.labels import Flow, Ints
-from chipdeploy.graph.rules.base import Denied, LayerUse, Tracing, positions, rule, shape
+from chipdeploy.graph.labels import Ints
+from chipdeploy.graph.rules.base import Denied, LayerUse, Tracing, argument, rule, shape
 
 NONE: Ints = np.zeros(0, dtype=np.int64)
-
-
-def _argument(node: Node, index: int, name: str, default: object) -> object:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+FEW_GROUPS = 4  # up to here a grouped convolution is cut inside its groups, beyond by whole groups
 
 
 @rule("conv1d", "conv2d", "conv3d")
-def convolution(tracing: Tracing, node: Node) -> Flow:
-    """Dense: new output labels, the weight reads [out, in]. Depthwise: the input's labels pass through."""
+def convolution(tracing: Tracing, node: Node) -> Ints:
+    """Dense: new output labels, the weight reads [out, in]. Grouped: whole groups, or the same channels of each."""
     images, weight = node.args[:2]
     assert isinstance(images, Node) and isinstance(weight, Node)
-    bias = _argument(node, 2, "bias", None)
-    groups = _argument(node, 6, "groups", 1)
+    inputs = tracing.channels(images, 1)
+    groups = int(argument(node, 6, "groups", 1))  # type: ignore[call-overload]
     out_channels, in_per_group, *kernel = shape(weight)
-    inputs = tracing.flow(images, 1)
-    depthwise = groups != 1 and in_per_group == 1 and out_channels == len(inputs)
-    if not tracing.is_tensor(weight):
-        return _pinned(tracing, node, inputs, "its weight is computed in the forward pass")
-    if not tracing.is_parameter(weight):
-        return _pinned(tracing, node, inputs, "its weight is a buffer")
-    if groups != 1 and not depthwise:
-        return _pinned(tracing, node, inputs, f"convolution with {groups} groups of {in_per_group} channels")
-    path, module = tracing.owner(node)
-    if depthwise and getattr(module, "groups", None) != groups:
-        return _pinned(tracing, node, inputs, "groups written in the code; give its module the attribute groups")
-    name = tracing.tensor_name(weight).rpartition(".")[0]
-    outputs = inputs if depthwise else tracing.labels.new(out_channels)
-    if not depthwise:
+    refusal = _refusal(tracing, node, groups)
+    if refusal is not None:
+        return _pinned(tracing, node, inputs, refusal)
+    if groups == 1:
+        outputs, reads = tracing.labels.new(out_channels), inputs
         tracing.bind(node, weight, 1, inputs, gated=True)
+    elif groups <= FEW_GROUPS and in_per_group > groups and out_channels // groups > 1:
+        reads = tracing.labels.merge(inputs.reshape(groups, in_per_group), 0)[0]
+        outputs = np.tile(tracing.labels.new(out_channels // groups), groups)
+        tracing.bind(node, weight, 1, reads, gated=True)
+    else:
+        units, reads = tracing.labels.merge(inputs.reshape(groups, in_per_group), 1)[:, 0], NONE
+        outputs = np.repeat(units, out_channels // groups)
+        _count(tracing, node, "groups", units)
     tracing.bind(node, weight, 0, outputs)
+    _finish(tracing, node, inputs, outputs)
+    size = float(np.prod(kernel)) * (1 if len(reads) else in_per_group)
+    _use(tracing, node, weight, outputs, reads, size)
+    return _along(outputs, 1, len(shape(node)))
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def transposed_convolution(tracing: Tracing, node: Node) -> Ints:
+    """The weight is [in, out / groups, ...]; every input element is multiplied k·k times."""
+    images, weight = node.args[:2]
+    assert isinstance(images, Node) and isinstance(weight, Node)
+    inputs = tracing.channels(images, 1)
+    groups = int(argument(node, 6, "groups", 1))  # type: ignore[call-overload]
+    in_channels, out_per_group, *kernel = shape(weight)
+    refusal = _refusal(tracing, node, groups)
+    if refusal is not None:
+        return _pinned(tracing, node, inputs, refusal)
+    if groups == 1:
+        outputs, reads = tracing.labels.new(out_per_group), inputs
+        tracing.bind(node, weight, 0, inputs, gated=True)
+        tracing.bind(node, weight, 1, outputs)
+    else:
+        units, reads = tracing.labels.merge(inputs.reshape(groups, -1), 1)[:, 0], NONE
+        outputs = np.repeat(units, out_per_group)
+        tracing.bind(node, weight, 0, np.repeat(units, in_channels // groups))
+        _count(tracing, node, "groups", units)
+    _finish(tracing, node, inputs, outputs)
+    # macs = positions of the input, not of the output.
+    share = tracing.positions(images, in_channels) / tracing.positions(node, len(outputs))
+    size = float(np.prod(kernel)) * share * (1 if len(reads) else in_channels // groups)
+    _use(tracing, node, weight, outputs, reads, size)
+    return _along(outputs, 1, len(shape(node)))
+
+
+def _refusal(tracing: Tracing, node: Node, groups: int) -> str | None:
+    """Why a convolution must stay as it is."""
+    weight = node.args[1]
+    _, module = tracing.owner(node)
+    if not tracing.is_tensor(weight):
+        return "its weight is computed in the forward pass"
+    if not tracing.is_parameter(weight):
+        return "its weight is a buffer"
+    if groups != 1 and getattr(module, "groups", None) != groups:
+        return "groups written in the code; give its module the attribute groups"
+    bias = argument(node, 2, "bias")
+    if bias is not None and not tracing.is_tensor(bias):
+        return "its bias is computed in the forward pass"
+    return None
+
+
+def _finish(tracing: Tracing, node: Node, inputs: Ints, outputs: Ints) -> None:
+    """Bias and the module's own channel counts."""
+    bias = argument(node, 2, "bias")
     if bias is not None:
         tracing.bind(node, bias, 0, outputs)
-    if hasattr(module, "out_channels"):
-        tracing.count(path, "out_channels", outputs)
-        tracing.count(path, "in_channels", inputs)
-    if groups != 1:
-        tracing.count(path, "groups", outputs)
-    reads = inputs if groups == 1 else NONE
-    tracing.layers.append(LayerUse(node, name, outputs, reads, positions(node, 1), int(np.prod(kernel))))
-    return Flow(1, outputs)
+    _count(tracing, node, "out_channels", outputs)
+    _count(tracing, node, "in_channels", inputs)
 
 
-def _pinned(tracing: Tracing, node: Node, inputs: Ints, reason: str) -> Flow:
+def _count(tracing: Tracing, node: Node, attribute: str, labels: Ints) -> None:
+    path, module = tracing.owner(node)
+    if hasattr(module, attribute):
+        tracing.count(path, attribute, labels)
+
+
+def _use(tracing: Tracing, node: Node, weight: Node, outputs: Ints, reads: Ints, kernel: float) -> None:
+    name = tracing.tensor_name(weight).rpartition(".")[0]
+    tracing.layers.append(LayerUse(node, name, outputs, reads, tracing.positions(node, len(outputs)), kernel))
+
+
+def _along(labels: Ints, axis: int, rank: int) -> Ints:
+    """Labels [size] as an array of a tensor's rank."""
+    return labels.reshape([-1 if dim == axis else 1 for dim in range(rank)])
+
+
+def _pinned(tracing: Tracing, node: Node, inputs: Ints, reason: str) -> Ints:
     """A convolution that stays as it is; its cost is still counted, as one of constant width."""
     weight = node.args[1]
     assert isinstance(weight, Node)
-    out_channels, in_per_group, *kernel = shape(weight)
-    outputs = tracing.labels.new(out_channels)
     path, _ = tracing.owner(node)
-    tracing.labels.pin(inputs, f"{path}: {reason}")
-    tracing.labels.pin(outputs, f"{path}: {reason}")
-    tracing.layers.append(LayerUse(node, path, outputs, NONE, positions(node, 1), int(np.prod(kernel)) * in_per_group))
-    return Flow(1, outputs)
+    channels = shape(node)[1]
+    outputs = np.repeat(tracing.labels.new(1), channels)
+    for labels in (inputs, outputs):
+        tracing.labels.pin(labels, f"{path}: {reason}")
+    per_output = float(np.prod(shape(weight)[1:]))
+    tracing.layers.append(LayerUse(node, path, outputs, NONE, tracing.positions(node, channels), per_output))
+    for tensor in (weight, argument(node, 2, "bias")):
+        if isinstance(tensor, Node) and (flow := tracing.flow(tensor)) is not None:
+            tracing.labels.pin(flow, f"{path}: {reason}")
+    return _along(outputs, 1, len(shape(node)))
 
 
 @rule("linear")
-def linear(tracing: Tracing, node: Node) -> Flow:
-    """y = x Wᵀ + b over the last dimension."""
+def linear(tracing: Tracing, node: Node) -> Ints:
+    """y = x Wᵀ + b over the last dimension; b may be put together from several parameters."""
     features, weight = node.args[:2]
     assert isinstance(features, Node) and isinstance(weight, Node)
-    bias = _argument(node, 2, "bias", None)
-    name = tracing.tensor_name(weight).rpartition(".")[0]
+    return _linear(tracing, node, features, weight, argument(node, 2, "bias"), (0, 1))
+
+
+def _linear(tracing: Tracing, node: Node, features: Node, weight: Node, bias: object, dims: tuple[int, int]) -> Ints:
+    """`dims` are the weight's dimensions of outputs and inputs."""
     if not tracing.is_parameter(weight):
-        raise Denied("its weight is a buffer")
-    last = len(shape(features)) - 1
-    inputs = tracing.flow(features, last)
-    outputs = tracing.labels.new(shape(weight)[0])
-    tracing.bind(node, weight, 0, outputs)
-    tracing.bind(node, weight, 1, inputs, gated=True)
-    if bias is not None:
+        raise Denied("its weight is a buffer" if tracing.is_tensor(weight) else "its weight is computed")
+    rank = len(shape(node))
+    inputs = tracing.channels(features, rank - 1)
+    outputs = tracing.labels.new(shape(node)[-1])
+    tracing.bind(node, weight, dims[0], outputs)
+    tracing.bind(node, weight, dims[1], inputs, gated=True)
+    if tracing.is_tensor(bias):
         tracing.bind(node, bias, 0, outputs)
-    path, module = tracing.owner(node)
-    if hasattr(module, "out_features"):
-        tracing.count(path, "out_features", outputs)
-        tracing.count(path, "in_features", inputs)
-    tracing.layers.append(LayerUse(node, name, outputs, inputs, positions(node, last), 1))
-    return Flow(last, outputs)
+    elif isinstance(bias, Node):
+        flow = tracing.flow(bias)
+        if flow is None:
+            tracing.labels.pin(outputs, "its bias is computed in the forward pass")
+        else:
+            tracing.labels.unite(outputs, flow)
+    _count(tracing, node, "out_features", outputs)
+    _count(tracing, node, "in_features", inputs)
+    _use(tracing, node, weight, outputs, inputs, 1.0)
+    return _along(outputs, rank - 1, rank)

@@ -1,113 +1,216 @@
-"""Pooling, reductions, concatenation, padding and flattening."""
+"""Reshapes, permutations and copies: labels move with their dimensions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import numpy as np
 from torch.fx import Node
 
-from chipdeploy.graph.labels import Flow
-from chipdeploy.graph.rules.base import Denied, Tracing, op_name, rule, shape
+from chipdeploy.graph.labels import Ints
+from chipdeploy.graph.rules.base import Denied, Doubt, SizeUse, Tracing, argument, numbers, op_name, rule, shape
 
 
-@rule("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d")
-def pool(tracing: Tracing, node: Node) -> Flow | None:
-    """Spatial windows only: labels pass."""
-    assert isinstance(node.args[0], Node)
-    return tracing.flows.get(node.args[0])
-
-
-@rule("mean")
-def mean(tracing: Tracing, node: Node) -> Flow | None:
-    """Spatial mean: labels pass, their dimension moves when dimensions before it are dropped."""
+@rule("flatten", "view", "reshape", "unflatten", "_unsafe_view", "squeeze", "unsqueeze", "expand_dims")
+def reshape(tracing: Tracing, node: Node) -> Ints | None:
+    """Dimensions are split and merged in blocks; what is left of a split one after the cut must be a grid again."""
     source = node.args[0]
     assert isinstance(source, Node)
-    flow = tracing.flows.get(source)
+    flow = tracing.flow(source)
+    if flow is None or shape(source) == shape(node):
+        return _told(tracing, node, source, flow)
+    result = reshaped(tracing, flow, shape(source), shape(node))
+    return _told(tracing, node, source, result)
+
+
+def reshaped(tracing: Tracing, flow: Ints, before: tuple[int, ...], after: tuple[int, ...]) -> Ints:
+    """Labels of a tensor of shape `before`, viewed as `after`."""
+    if 0 in before:
+        raise Denied("reshapes an empty tensor")
+    for old, new in blocks(before, after):
+        if all(flow.shape[axis] == 1 for axis in old):
+            continue
+        if len(new) > 1:
+            # The grid alone: labels along the block's dimensions, the others of no concern to it.
+            whole = np.broadcast_to(flow, [before[a] if a in old else flow.shape[a] for a in range(len(before))])
+            rest = [a for a in range(len(before)) if a not in old]
+            grid = whole.transpose(*rest, *old).reshape(-1, *(after[a] for a in new))
+            if len(rest) == 0 or all(flow.shape[a] == 1 for a in rest):
+                grid = grid[0]
+            tracing.grids.append(np.ascontiguousarray(grid))
+    full = [1] * len(before)
+    target = [1] * len(after)
+    for old, new in blocks(before, after):
+        if any(flow.shape[axis] > 1 for axis in old):
+            for axis in old:
+                full[axis] = before[axis]
+            for axis in new:
+                target[axis] = after[axis]
+    return tracing.labels.reduced(np.broadcast_to(flow, full).reshape(target))
+
+
+def blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """The smallest runs of dimensions that hold the same elements in both shapes. Sizes are 1 or more."""
+    i = j = 0
+    while i < len(before) or j < len(after):
+        old, new = [], []
+        left = right = 1
+        if i < len(before):
+            old, left, i = [i], before[i], i + 1
+        if j < len(after):
+            new, right, j = [j], after[j], j + 1
+        while left != right:
+            if left < right:
+                old.append(i)
+                left, i = left * before[i], i + 1
+            else:
+                new.append(j)
+                right, j = right * after[j], j + 1
+        yield old, new
+
+
+def _told(tracing: Tracing, node: Node, source: Node, flow: Ints | None) -> Ints | None:
+    """Note the sizes along labelled dimensions that the code states, by number or attribute."""
+    if flow is None or op_name(node) in ("squeeze", "unsqueeze", "flatten", "expand_dims"):
+        return flow
+    path, _ = tracing.owner(node)
+    stated = argument(node, 2 if op_name(node) == "unflatten" else 1, "size")
+    first = cast(int, node.args[1]) % len(shape(source)) if op_name(node) == "unflatten" else 0
+    for place, size in enumerate(cast("Sequence[object]", stated)):
+        axis = first + place
+        if isinstance(size, int) and size != -1 and flow.shape[axis] > 1:
+            tracing.sizes.append(SizeUse(path, flow, axis, size))
+            tracing.doubts.append(Doubt(path, flow))
+    return flow
+
+
+@rule("permute", "transpose", "swapaxes", "swapdims", "movedim", "t", "numpy_T", "mT")
+def permute(tracing: Tracing, node: Node) -> Ints | None:
+    """Labels are permuted alike."""
+    flow = tracing.flow(node.args[0])
+    return None if flow is None else flow.transpose(_order(node))
+
+
+def _order(node: Node) -> list[int]:
+    """Where every dimension of the result comes from."""
+    name = op_name(node)
+    rank = len(shape(node))
+    if name == "permute":
+        return [dim % rank for dim in numbers(node.args[1])]
+    order = list(range(rank))
+    if name == "movedim":
+        sources, targets = ([dim % rank for dim in numbers(arg)] for arg in node.args[1:3])
+        order = [dim for dim in order if dim not in sources]
+        for target, source in sorted(zip(targets, sources, strict=True)):
+            order.insert(target, source)
+        return order
+    if name == "numpy_T":
+        return order[::-1]
+    a, b = numbers(list(node.args[1:3])) if name in ("transpose", "swapaxes", "swapdims") else (-2 % rank, -1)
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def expand(tracing: Tracing, node: Node) -> Ints | None:
+    """Copies along new dimensions and along those of size 1."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    flow = tracing.flow(source)
     if flow is None:
         return None
-    rank = len(shape(source))
-    dims = {dim % rank for dim in cast("Sequence[int]", node.args[1] if len(node.args) > 1 else range(rank))}
-    if flow.dim in dims:
-        raise Denied("averages over the channels")
-    keep = bool(node.args[2]) if len(node.args) > 2 else False
-    return Flow(flow.dim if keep else flow.dim - sum(dim < flow.dim for dim in dims), flow.labels)
+    ones = (1,) * (len(shape(node)) - len(shape(source)))
+    grown = any(a == 1 < b for a, b in zip(shape(source), shape(node)[len(ones) :], strict=True))
+    if flow.size == 1 and grown and not ones:
+        tracing.labels.pin(flow, "is one channel that is expanded to many")
+    flow = flow.reshape(ones + flow.shape)
+    return _told(tracing, node, node, flow) if op_name(node) == "expand" else flow
 
 
-@rule("cat")
-def cat(tracing: Tracing, node: Node) -> Flow:
-    """Along the channels: spans one after the other. Along another dimension: the operands become one."""
-    parts = cast("Sequence[Node]", node.args[0])
-    rank = len(shape(node))
-    dim = cast(int, node.args[1] if len(node.args) > 1 else 0) % rank
-    flows = [tracing.flows.get(part) for part in parts]
-    channel_dims = {flow.dim for flow in flows if flow is not None}
-    if len(channel_dims) != 1:
-        raise Denied("its operands have their channels along different dimensions")
-    channel_dim = channel_dims.pop()
-    labels = [tracing.flow(part, channel_dim) for part in parts]
-    if dim == channel_dim:
-        return Flow(dim, np.concatenate(labels))
-    first = labels[0]
-    for other in labels[1:]:
-        first = tracing.labels.unite(first, other)
-    return Flow(channel_dim, first)
+@rule("repeat", "tile")
+def repeat(tracing: Tracing, node: Node) -> Ints | None:
+    """Copies of the whole tensor, one after the other along each dimension."""
+    flow = tracing.flow(node.args[0])
+    if flow is None:
+        return None
+    times = numbers(node.args[1])
+    ones = (1,) * (len(times) - flow.ndim)
+    flow = flow.reshape(ones + flow.shape)
+    return tracing.labels.reduced(
+        np.tile(flow, [n if size > 1 else 1 for n, size in zip(times, flow.shape, strict=True)])
+    )
 
 
-@rule("pad", "constant_pad_nd")
-def pad(tracing: Tracing, node: Node) -> Flow | None:
+@rule("pixel_shuffle")
+def pixel_shuffle(tracing: Tracing, node: Node) -> Ints | None:
+    """[N, C·r², H, W] ▶ [N, C, H·r, W·r]: the r² channels of one output channel are a unit."""
+    labels = tracing.channels(node.args[0], 1)
+    factor = cast(int, node.args[1])
+    return tracing.labels.merge(labels.reshape(-1, factor * factor), 1).reshape(1, -1, 1, 1)
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(tracing: Tracing, node: Node) -> Ints | None:
+    """[N, C, H, W] ▶ [N, C·r², H/r, W/r]: every label r² times."""
+    labels = tracing.channels(node.args[0], 1)
+    return np.repeat(labels, cast(int, node.args[1]) ** 2).reshape(1, -1, 1, 1)
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(tracing: Tracing, node: Node) -> Ints | None:
+    """[g, C/g] ▶ [C/g, g]: the same channels of each group."""
+    labels = tracing.channels(node.args[0], 1)
+    groups = cast(int, node.args[1])
+    # The number of groups is the code's own: it stays, and the groups keep the same channels.
+    kept = tracing.labels.merge(labels.reshape(groups, -1), 0)
+    return np.repeat(kept.reshape(-1), groups).reshape([-1 if dim == 1 else 1 for dim in range(len(shape(node)))])
+
+
+@rule("roll")
+def roll(tracing: Tracing, node: Node) -> Ints | None:
+    """Along dimensions without channels."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    dims = numbers(node.args[2]) if len(node.args) > 2 else []
+    if not dims:
+        raise Denied("rolls the flattened tensor")
+    return tracing.mixed(source, dims, "rolls")
+
+
+@rule("flip")
+def flip(tracing: Tracing, node: Node) -> Ints | None:
+    """Backwards; so are the labels."""
+    flow = tracing.flow(node.args[0])
+    return None if flow is None else np.flip(flow, tuple(numbers(node.args[1])))
+
+
+@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad2d")
+def pad(tracing: Tracing, node: Node) -> Ints | None:
     """Zero channels before and after (option-A shortcuts) get labels of their own, which the sum then joins.
 
     How many zeros to add after the cut must be an attribute of the module: `before` and `after`.
     """
-    source, amounts = node.args[0], cast("Sequence[int]", node.args[1])
+    source, amounts = node.args[0], numbers(node.args[1])
     assert isinstance(source, Node)
-    flow = tracing.flows.get(source)
+    flow = tracing.flow(source)
     if flow is None:
         return None
-    # Amounts come in pairs, last dimension first.
-    pair = 2 * (len(shape(source)) - 1 - flow.dim)
-    before, after = (amounts[pair], amounts[pair + 1]) if pair + 1 < len(amounts) else (0, 0)
-    if not before and not after:
+    rank = len(shape(source))
+    padded = {rank - 1 - pair: (amounts[2 * pair], amounts[2 * pair + 1]) for pair in range(len(amounts) // 2)}
+    axes = [axis for axis, pair in padded.items() if any(pair) and flow.shape[axis] > 1]
+    if not axes:
         return flow
-    if len(node.args) > 2 and node.args[2] != "constant":
+    if len(axes) > 1 or flow.size > flow.shape[axes[0]]:
+        raise Denied("pads several dimensions of channels")
+    if (op_name(node) == "pad" and len(node.args) > 2 and node.args[2] != "constant") or "reflect" in op_name(node):
         raise Denied("pads channels with copies of others")
+    before, after = padded[axes[0]]
     path, module = tracing.owner(node)
     if (getattr(module, "before", None), getattr(module, "after", None)) != (before, after):
         raise Denied("pads channels by numbers written in the code; give its module the attributes before and after")
     head, tail = tracing.labels.new(before), tracing.labels.new(after)
     tracing.count(path, "before", head)
     tracing.count(path, "after", tail)
-    return Flow(flow.dim, np.concatenate([head, flow.labels, tail]))
-
-
-@rule("slice")
-def take(tracing: Tracing, node: Node) -> Flow | None:
-    """A spatial slice passes the labels."""
-    source = node.args[0]
-    assert isinstance(source, Node)
-    flow = tracing.flows.get(source)
-    dim = cast(int, node.args[1] if len(node.args) > 1 else 0)
-    if flow is not None and dim % len(shape(source)) == flow.dim and shape(node) != shape(source):
-        raise Denied("takes a fixed slice of the channels")
-    return flow
-
-
-@rule("flatten", "view", "reshape")
-def flatten(tracing: Tracing, node: Node) -> Flow | None:
-    """[N, C, H, W] ▶ [N, C·H·W]: every label is repeated H·W times."""
-    source = node.args[0]
-    assert isinstance(source, Node)
-    flow = tracing.flows.get(source)
-    before, after = shape(source), shape(node)
-    if flow is None:
-        return None
-    sizes = node.args[1] if op_name(node) != "flatten" else None
-    if isinstance(sizes, Sequence) and (len(sizes) <= flow.dim or sizes[flow.dim] != -1):
-        raise Denied("reshapes to numbers written in the code; use flatten(1), or -1 for the channels")
-    if before == after:
-        return flow
-    if flow.dim == 1 and len(after) == 2 and before[0] == after[0]:
-        return Flow(1, np.repeat(flow.labels, int(np.prod(before[2:], dtype=np.int64))))
-    raise Denied(f"reshapes {list(before)} to {list(after)}")
+    joined = np.concatenate([head, flow.reshape(-1), tail])
+    return joined.reshape([-1 if axis == axes[0] else 1 for axis in range(rank)])

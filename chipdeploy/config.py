@@ -51,8 +51,17 @@ class PruneConfig(TrainConfig):
     keep: float = 0.3
     weights: str | None = None
     align: int = Field(default=16, ge=1)
+    min_width: int = Field(default=1, ge=1)
+    blocks: bool = False
+    exclude: tuple[str, ...] = ()
     soft_epochs: int | None = Field(default=None, ge=1)
     finetune_epochs: int | None = Field(default=None, ge=0)
+
+    @field_validator("exclude", mode="before")
+    @classmethod
+    def _patterns(cls, value: Any) -> Any:
+        """`stem,layer4.*`, as in the environment."""
+        return value.split(",") if isinstance(value, str) else value
 
     @field_validator("keep", mode="before")
     @classmethod

@@ -146,10 +146,10 @@ def check_budget(config: PruneConfig, job: Job) -> str:
     model = job.model()
     if config.weights:
         load_weights(model, Path(config.weights))
-    graph = trace(model, job.example)
+    graph = trace(model, job.example, exclude=config.exclude)
     budget = Budget(config.kind, config.keep)
     cost = CostModel.of(graph, budget.cost)
-    projector = Projector(graph, cost, config.align)
+    projector = Projector(graph, cost, config.align, min_width=config.min_width, blocks=config.blocks)
     projector.check(config.keep)
     # The steps of the alignment may miss a budget that free widths would meet: not after hours of dense training.
     projector.project(np.ones(graph.channels), config.keep)
@@ -251,6 +251,9 @@ class Pruning:
             Budget(config.kind, config.keep),
             steps=self.soft_epochs * job.soft_steps,
             align=config.align,
+            exclude=config.exclude,
+            min_width=config.min_width,
+            blocks=config.blocks,
             schedule=job.recipe.schedule,
         )
         optimizer = self._soft_optimizer(model)
@@ -462,13 +465,15 @@ def load(run_dir: str | Path, *, dense: bool = False) -> nn.Module:
     """
     run = Run.open(Path(run_dir))
     data = read_json(run.check(DATA))
-    spec = read_json(run.check(CONFIG))["model"]
+    config = read_json(run.check(CONFIG))
+    spec = config["model"]
     channels, size = data["shape"][0], data["shape"][1]
     model = build_model(spec, num_classes=len(data["classes"]), in_channels=channels, image_size=size)
     if read_json(run.check(RESULT))["inputs"].get("model") != model_digest(spec).get("model"):
         raise RunError(f"{spec.rpartition(':')[0]} was changed since {run.path} was made from it; make the run again")
     if not dense:
-        graph = trace(model, torch.zeros(2, *data["shape"]))
+        example = torch.randn(2, *data["shape"], generator=torch.Generator().manual_seed(0))
+        graph = trace(model, example, exclude=config["exclude"])
         model = hard_prune(model, graph, PrunePlan.from_dict(read_json(run.check(PLAN))))
     load_weights(model, run.check(DENSE if dense else PRUNED))
     return model.eval()

@@ -49,11 +49,13 @@ def describe(graph: ChannelGraph) -> dict[str, Any]:
     return {
         "input": list(graph.input_shape[1:]),
         "costs": {name: int(cost.dense) for name, cost in costs.items()},
-        "smallest": {name: Projector(graph, cost, 1).smallest for name, cost in costs.items()},
+        "smallest": (smallest := {name: Projector(graph, cost, 1).smallest for name, cost in costs.items()}),
+        "prunable": {name: 1 - share for name, share in smallest.items()},
         "groups": [
             {
                 "name": group.name,
                 "channels": group.size,
+                "unit": group.unit,
                 "members": list(group.producers),
                 "branch": None if group.branch is None else graph.branches[group.branch].name,
                 "may_vanish": group.may_vanish,

@@ -28,6 +28,18 @@ def prune(
         int | None,
         typer.Option("--align", help="Widths in multiples of this, where the group allows; 1: free. Default: 16."),
     ] = None,
+    min_width: Annotated[
+        int | None, typer.Option("--min-width", help="Channels of which no layer that stays has fewer. Default: 1.")
+    ] = None,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="Drop whole branches only: at batch 1 on a GPU only that saves time.")
+    ] = False,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude", metavar="PATTERN", help="Layers that keep their outputs, e.g. 'layer4.*'; repeatable."
+        ),
+    ] = None,
     recipe: options.RecipeName = None,
     train_epochs: options.TrainEpochs = None,
     soft_epochs: Annotated[int | None, typer.Option("--soft-epochs", help="Epochs with soft gates.")] = None,
@@ -51,6 +63,9 @@ def prune(
         "data_root": None if data_root is None else str(data_root),
         "weights": None if weights is None else str(weights),
         "align": align,
+        "min_width": min_width,
+        "blocks": blocks or None,
+        "exclude": exclude or None,
         "recipe": recipe,
         "train_epochs": train_epochs,
         "soft_epochs": soft_epochs,

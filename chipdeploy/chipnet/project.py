@@ -37,11 +37,23 @@ class Item:
 
 
 class Projector:
-    """Finds plans for one graph, one cost and one alignment."""
+    """Finds plans for one graph, one cost and one alignment.
 
-    def __init__(self, graph: ChannelGraph, cost: CostModel, align: int = 16) -> None:
+    Args:
+        align: channels by which widths go, where a group allows it.
+        min_width: channels of which no group that stays has fewer, or all that it has.
+        blocks: only whole branches go; all widths stay.
+    """
+
+    def __init__(
+        self, graph: ChannelGraph, cost: CostModel, align: int = 16, *, min_width: int = 1, blocks: bool = False
+    ) -> None:
         if align < 1:
             raise UsageError(f"the alignment must be 1 or more, got {align}; 1 gives free widths")
+        if min_width < 1:
+            raise UsageError(f"the least width must be 1 or more, got {min_width}")
+        self._blocks = blocks
+        self._low = _least(graph, graph.sizes.max() * min_width if blocks else min_width)
         self.graph, self.cost = graph, cost
         self._coefficients = cost.coefficients / cost.dense
         self._units = np.array([gcd(g.size, max(1, align // g.unit)) for g in graph.groups], dtype=np.int64)
@@ -52,7 +64,7 @@ class Projector:
     @cached_property
     def smallest(self) -> float:
         """The least share of the cost that any legal plan keeps."""
-        widths = np.array([0 if group.may_vanish else 1 for group in self.graph.groups], dtype=np.int64)
+        widths = np.where([self._may_vanish(group) for group in range(len(self.graph.groups))], 0, self._low)
         return self.cost.count(widths) / self.cost.dense
 
     def check(self, keep: float) -> None:
@@ -96,17 +108,27 @@ class Projector:
         return [Item(groups, self._choices(groups, units), self._terms(groups)) for groups in sorted(tuples)]
 
     def _choices(self, groups: tuple[int, ...], units: Ints) -> Ints:
-        limit = max(2, int(MAX_CHOICES ** (1 / len(groups))))
-        levels = []
-        for group in groups:
-            steps = np.arange(units[group], self.graph.groups[group].size + 1, units[group], dtype=np.int64)
-            if len(steps) > limit:
-                steps = steps[np.unique(np.linspace(0, len(steps) - 1, limit).round().astype(np.int64))]
-            levels.append(steps.tolist())
-        choices = list(product(*levels))
-        if all(self.graph.groups[group].may_vanish for group in groups):
+        limit = int(MAX_CHOICES ** (1 / len(groups)))
+        levels = [self._levels(group, units) for group in groups]
+        if limit >= 2 or all(len(steps) == 1 for steps in levels):
+            choices = list(product(*(_thinned(steps, max(2, limit)) for steps in levels)))
+        else:  # too many groups for all combinations: they grow together, and exchanges tell them apart
+            most = max(len(steps) for steps in levels)
+            even = [np.linspace(0, len(steps) - 1, most).round().astype(np.int64) for steps in levels]
+            choices = list(zip(*(steps[at].tolist() for steps, at in zip(levels, even, strict=True)), strict=True))
+        if all(self._may_vanish(group) for group in groups):
             choices.insert(0, (0,) * len(groups))
         return np.array(choices, dtype=np.int64)
+
+    def _levels(self, group: int, units: Ints) -> Ints:
+        """Widths of a group that stays."""
+        size = self.graph.groups[group].size
+        steps = np.arange(units[group], size + 1, units[group], dtype=np.int64)
+        return np.asarray(steps[steps >= self._low[group]])
+
+    def _may_vanish(self, group: int) -> bool:
+        found = self.graph.groups[group]
+        return found.may_vanish and not (self._blocks and found.branch is None)
 
     def _terms(self, groups: tuple[int, ...]) -> Ints:
         cost = self.cost
@@ -373,9 +395,10 @@ class _Search:
                 continue
             for group in groups:
                 unit = int(self._p._units[group])
-                if widths[group] > unit:
+                narrower = (widths[group] - 1) // unit * unit
+                if narrower >= max(1, self._p._low[group]):
                     rows.append(widths.copy())
-                    rows[-1][group] = (widths[group] - 1) // unit * unit
+                    rows[-1][group] = narrower
             if not item.choices[0].any():
                 rows.append(widths.copy())
                 rows[-1][groups] = 0
@@ -387,7 +410,8 @@ class _Search:
         for item in self._p._items:
             now = widths[list(item.groups)]
             if len(item.groups) > 1 and not now.any():
-                choices = np.minimum(units[list(item.groups)], self._p.graph.sizes[list(item.groups)])[None]
+                least = np.maximum(units, self._p._low)
+                choices = np.minimum(least, self._p.graph.sizes)[list(item.groups)][None]
                 steps = [(item.groups, choice) for choice in choices]
             else:
                 steps = [
@@ -398,12 +422,26 @@ class _Search:
                         int(self._p.graph.sizes[group]) + 1,
                         int(units[group]),
                     )
+                    if width >= self._p._low[group]
                 ]
             for groups, choice in steps:
                 row = widths.copy()
                 row[list(groups)] = choice
                 rows.append(row)
         return np.array(rows, dtype=np.int64).reshape(-1, len(widths))
+
+
+def _least(graph: ChannelGraph, channels: int) -> Ints:
+    """The gates of every group that make at least this many channels, or all of them, int64 [G]."""
+    return np.array([min(group.size, -(-int(channels) // group.unit)) for group in graph.groups], dtype=np.int64)
+
+
+def _thinned(steps: Ints, limit: int) -> list[int]:
+    """At most `limit` of the steps, evenly, the first and the last among them."""
+    if len(steps) > limit:
+        steps = steps[np.unique(np.linspace(0, len(steps) - 1, limit).round().astype(np.int64))]
+    chosen: list[int] = steps.tolist()
+    return chosen
 
 
 def _undominated(cost: Floats | Ints, value: Floats) -> list[int]:

@@ -80,6 +80,8 @@ class ChipNet(nn.Module):
         steps: int = 1000,
         align: int = 16,
         exclude: Sequence[str] = (),
+        min_width: int = 1,
+        blocks: bool = False,
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
@@ -89,7 +91,7 @@ class ChipNet(nn.Module):
         self.schedule = schedule or Schedule()
         self.graph = trace(model, example, exclude=exclude)
         self.cost = CostModel.of(self.graph, budget.cost)
-        self.projector = Projector(self.graph, self.cost, align)
+        self.projector = Projector(self.graph, self.cost, align, min_width=min_width, blocks=blocks)
         self.projector.check(budget.keep)
         device = (example[0] if isinstance(example, tuple) else example).device
         self._gating = Gating(self.graph, device)

@@ -126,12 +126,12 @@ def _upwards(path: str) -> Iterator[str]:
 
 
 def random_mask(graph: ChannelGraph, seed: int, dead_share: float) -> Mask:
-    """A legal cut: each branch is dead with probability `dead_share`, every other width is uniform from 1 on."""
+    """A legal cut: a branch is dead with probability `dead_share`, every other group loses one or more channels."""
     draw = np.random.default_rng(seed)
     dead = draw.random(len(graph.branches)) < dead_share
     mask = np.zeros(graph.channels, dtype=np.bool_)
     for number, group in enumerate(graph.groups):
-        width = 0 if group.branch is not None and dead[group.branch] else int(draw.integers(1, group.size + 1))
+        width = 0 if group.branch is not None and dead[group.branch] else int(draw.integers(1, max(2, group.size)))
         mask[graph.span(number).start + draw.permutation(group.size)[:width]] = True
     return mask
 

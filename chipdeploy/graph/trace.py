@@ -28,6 +28,7 @@ from chipdeploy.graph.labels import Ints, Labels
 from chipdeploy.graph.proof import evaluating, repair, try_cut
 from chipdeploy.graph.rules import RULES, Denied, Tracing
 from chipdeploy.graph.rules.base import Flow, op_name, tensor_arguments
+from chipdeploy.graph.rules.fixed import count_fixed
 from chipdeploy.graph.settle import settle
 
 Example = Tensor | tuple[Tensor, ...]
@@ -161,6 +162,7 @@ def _apply(tracing: Tracing, node: Node, untouchable: set[str]) -> Flow:
         for value in tensor_arguments(node):
             _pin_inputs(tracing, value, reason, untouchable)
         tracing.reasons[node] = reason
+        count_fixed(tracing, node, reason)
         several = isinstance(node.meta.get("val"), tuple | list)
         return [None] * len(node.meta["val"]) if several else None
 
@@ -256,15 +258,19 @@ class _Numbering:
         makers = [self._producers(layers, self._number[roots[0]]) for roots in self._roots]
         branches = [branch_of.get(roots[0]) for roots in self._roots]
         vanish = _may_vanish(slots, [len(roots) for roots in self._roots], branches)
-        names: list[str] = []
-        for roots, made in zip(self._roots, makers, strict=True):
-            name = made[0] if made else f"zeros{roots[0]}"
-            taken = sum(other.split("#")[0] == name for other in names)
-            names.append(f"{name}#{taken + 1}" if taken else name)
+        names = [self._name(layers, made, roots) for made, roots in zip(makers, self._roots, strict=True)]
         return tuple(
             ChannelGroup(name, len(roots), made, branch, may, self._unit(layers, roots[0]))
             for name, roots, made, branch, may in zip(names, self._roots, makers, branches, vanish, strict=True)
         )
+
+    def _name(self, layers: tuple[Layer, ...], made: tuple[str, ...], roots: list[int]) -> str:
+        """The first layer that makes the channels, with their place in it: what else is pinned changes no name."""
+        if not made:
+            return f"zeros{roots[0]}"
+        outputs = next(layer.out_index for layer in layers if layer.name == made[0] and not layer.product)
+        place = int((outputs == self._number[roots[0]]).argmax())
+        return f"{made[0]}#{place}" if place else made[0]
 
     def _unit(self, layers: tuple[Layer, ...], root: int) -> int:
         """Channels of one layer that a gate stands for, e.g. the width of a head."""

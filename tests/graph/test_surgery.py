@@ -99,7 +99,12 @@ def test_stubs_stand_in_for_a_dead_branch(model, graph):
         without = model.fc(model.pool(model.norm(model.stem(images)).relu()).flatten(1))
         assert torch.equal(small(images), without)
     inside = small.block["each"](torch.zeros(2, 0, 5, 7))
-    assert inside.shape == (2, 1, 3, 4)  # one channel, on which pools and views work; (5 + 2 - 3) // 2 + 1, (7 + 2 - 3) // 2 + 1
+    assert inside.shape == (
+        2,
+        1,
+        3,
+        4,
+    )  # one channel, on which pools and views work; (5 + 2 - 3) // 2 + 1, (7 + 2 - 3) // 2 + 1
     assert torch.equal(small.block["back"](inside), torch.zeros(2, 4, 3, 4))
 
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from chipdeploy.engines.base import Images
 from chipdeploy.errors import MissingError
-from chipdeploy.export.onnx import INPUT, OUTPUT, quiet, step
+from chipdeploy.export.onnx import INPUT, OUTPUT, step
 from chipdeploy.export.probe import tensor_ranges
+from chipdeploy.quiet import quiet
 
 LARGEST = 65504.0  # of fp16
 HEADROOM = 2.0  # Images that were not seen reach higher than those that were.

@@ -10,7 +10,8 @@ from typing import Any
 
 from chipdeploy.engines.base import Images
 from chipdeploy.errors import MissingError
-from chipdeploy.export.onnx import INPUT, quiet, step
+from chipdeploy.export.onnx import INPUT, step
+from chipdeploy.quiet import quiet
 
 NOT_RUN = (
     "made by Model Optimizer and not run here: ONNX Runtime has no kernels for it on the CPU; time and check the engine"

@@ -6,14 +6,11 @@ import contextlib
 import copy
 import hashlib
 import inspect
-import io
-import logging
 import re
 import site
 import sys
 import sysconfig
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,12 +26,12 @@ from torch.utils import _pytree as pytree
 
 from chipdeploy.errors import ExportError, UsageError
 from chipdeploy.files import atomic, digest
+from chipdeploy.quiet import quiet
 
 OPSET = 20
 CAUSE_LENGTH = 200  # characters of a foreign error that are shown
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 Inputs = Tensor | tuple[Tensor, ...]  # one tensor, or a forward's positional arguments
-LOGGERS = ("", "torch", "torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir")
 
 
 @dataclass(frozen=True)
@@ -363,24 +360,3 @@ def _cause(error: BaseException) -> str:
     text = " ".join(list(filter(None, map(str.strip, str(error).splitlines())))[:2])
     short = text if len(text) <= CAUSE_LENGTH else f"{text[:CAUSE_LENGTH]}..."
     return f"{type(error).__name__}: {short}" if text else type(error).__name__
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the advice of exporters and converters off the terminal: what matters of it is raised as an error."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    levels = [logger.level for logger in loggers]
-    # Without a handler, the first message to the root logger would install one that writes to our silenced stderr.
-    handler = logging.NullHandler()
-    logging.getLogger().addHandler(handler)
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL + 1)
-        silence = io.StringIO()
-        with warnings.catch_warnings(), contextlib.redirect_stderr(silence), contextlib.redirect_stdout(silence):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.getLogger().removeHandler(handler)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -17,7 +17,8 @@ import numpy as np
 from chipdeploy.engines.base import Images
 from chipdeploy.engines.ort import ERRORS_ONLY, check_installed
 from chipdeploy.errors import ExportError, MissingError
-from chipdeploy.export.onnx import INPUT, OUTPUT, quiet, step
+from chipdeploy.export.onnx import INPUT, OUTPUT, step
+from chipdeploy.quiet import quiet
 
 BATCH_VALUES = 1_000_000  # input values of a batch: all tensors of a network at 224 pixels then take below 1 GB
 LARGEST_BATCH = 64

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from chipdeploy.errors import ExportError
-from chipdeploy.export.onnx import quiet, step
+from chipdeploy.export.onnx import step
+from chipdeploy.quiet import quiet
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 SETTINGS: dict[str, Any] = {

@@ -19,8 +19,6 @@ from chipdeploy.graph.rules.base import Tracing
 from chipdeploy.graph.surgery import hard_prune
 
 TOLERANCE = 1e-3  # of the largest output, in float32; a wrong cut is off by tens of percent
-# Seeds and shares of dead branches; no seed: one channel in every group, which is the hardest for divisions.
-TRIALS = ((None, 0.0), (0, 0.0), (1, 1.0))
 
 
 @dataclass(frozen=True)
@@ -29,42 +27,73 @@ class Failure:
 
     text: str
     path: str | None  # the module whose forward could not follow; None where the outputs differ
-    dead_share: float
+    dead: bool  # branches were gone
+    vanished: bool  # so were groups outside branches
 
 
 def try_cut(model: nn.Module, graph: ChannelGraph, inputs: tuple[Tensor, ...]) -> Failure | None:
-    """Cut the model by random plans and compare with the gated model on `inputs`, in eval mode.
+    """Cut the model by a few plans and compare with the gated model on `inputs`, in eval mode.
 
     Rules decide what may be cut; this looks at what they cannot see, such as numbers written into the forward pass.
     On the meta device only shapes are compared.
     """
     gating = Gating(graph, inputs[0].device)
-    for seed, dead_share in TRIALS:
-        if dead_share and not graph.branches:
-            continue
-        mask = _single(graph) if seed is None else random_mask(graph, seed, dead_share)
-        gates = torch.from_numpy(mask).to(inputs[0].device, _dtype(model))
-        try:
-            small = hard_prune(model, graph, PrunePlan.from_mask(graph, mask)).eval()
-        except InputError as error:
-            return Failure(str(error), None, dead_share)
-        with torch.no_grad(), evaluating(model):
-            got, failed = _run(small, inputs)
-            if failed is not None:
-                return Failure(_cannot_follow(*failed), failed[0], dead_share)
-            try:
-                expected = gated_call(model, gating, gates, *inputs)
-            except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
-                return Failure(f"the gated network does not run: {_first_line(error)}", None, dead_share)
-        gap = difference(expected, got)
-        if not gap <= TOLERANCE:
-            return Failure(
-                f"the cut network differs from the gated one by {gap:.1e} of its largest output; the forward holds "
-                "numbers of channels, or is random, and chipdeploy cannot follow: take numbers from tensors' shapes",
-                None,
-                dead_share,
-            )
+    for trial in _trials(graph):
+        text, path = _attempt(model, graph, gating, trial.mask, inputs)
+        if text is not None:
+            return Failure(text, path, trial.dead, trial.vanished)
     return None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan that is tried: with dead branches or not, with empty groups outside of them or not."""
+
+    mask: Mask
+    dead: bool = False
+    vanished: bool = False
+
+
+def _trials(graph: ChannelGraph) -> Iterator[Trial]:
+    """One channel in every group is the hardest for code that divides; the emptiest plan is what small budgets take."""
+    single = np.zeros(graph.channels, dtype=np.bool_)
+    single[graph.offsets[:-1]] = True
+    yield Trial(single)
+    yield Trial(random_mask(graph, 0, 0.0))
+    dead, empty = single.copy(), single.copy()
+    for number, group in enumerate(graph.groups):
+        dead[graph.span(number)] &= group.branch is None
+        empty[graph.span(number)] &= not group.may_vanish
+    if graph.branches:
+        yield Trial(dead, dead=True)
+    if not np.array_equal(dead, empty):
+        yield Trial(empty, dead=bool(graph.branches), vanished=True)
+
+
+def _attempt(
+    model: nn.Module, graph: ChannelGraph, gating: Gating, mask: Mask, inputs: tuple[Tensor, ...]
+) -> tuple[str | None, str | None]:
+    """Why a cut failed and in which module; (None, None) for one that equals its gated self."""
+    gates = torch.from_numpy(mask).to(inputs[0].device, _dtype(model))
+    try:
+        small = hard_prune(model, graph, PrunePlan.from_mask(graph, mask)).eval()
+    except InputError as error:
+        return str(error), None
+    with torch.no_grad(), evaluating(model):
+        got, failed = _run(small, inputs)
+        if failed is not None:
+            return _cannot_follow(*failed), failed[0]
+        try:
+            expected = gated_call(model, gating, gates, *inputs)
+        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, ModelError) as error:
+            return f"the gated network does not run: {_first_line(error)}", None
+    gap = difference(expected, got)
+    if gap <= TOLERANCE:
+        return None, None
+    return (
+        f"the cut network differs from the gated one by {gap:.1e} of its largest output; the forward holds "
+        "numbers of channels, or is random, and chipdeploy cannot follow: take numbers from tensors' shapes"
+    ), None
 
 
 def prove(model: nn.Module, graph: ChannelGraph, example: Tensor | tuple[Tensor, ...]) -> None:
@@ -76,7 +105,7 @@ def prove(model: nn.Module, graph: ChannelGraph, example: Tensor | tuple[Tensor,
 
 def repair(tracing: Tracing, failure: Failure, graph: ChannelGraph, banned: set[str]) -> bool:
     """Pin what a failed cut went through, or forbid the branches; False when there is nothing left to try."""
-    if failure.dead_share > 0 and graph.branches:
+    if failure.dead and graph.branches:
         return _ban(failure, graph, banned)
     doubts = [doubt for doubt in tracing.doubts if tracing.labels.free(doubt.labels).any()]
     blamed = doubts
@@ -133,13 +162,6 @@ def random_mask(graph: ChannelGraph, seed: int, dead_share: float) -> Mask:
     for number, group in enumerate(graph.groups):
         width = 0 if group.branch is not None and dead[group.branch] else int(draw.integers(1, max(2, group.size)))
         mask[graph.span(number).start + draw.permutation(group.size)[:width]] = True
-    return mask
-
-
-def _single(graph: ChannelGraph) -> Mask:
-    """The first channel of every group."""
-    mask = np.zeros(graph.channels, dtype=np.bool_)
-    mask[graph.offsets[:-1]] = True
     return mask
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,6 +29,7 @@ from chipdeploy.graph.rules import RULES, Denied, Tracing
 from chipdeploy.graph.rules.base import Flow, op_name, tensor_arguments
 from chipdeploy.graph.rules.fixed import count_fixed
 from chipdeploy.graph.settle import settle
+from chipdeploy.quiet import quiet
 
 Example = Tensor | tuple[Tensor, ...]
 # What a rule meets when an op is called in a way that it was not written for: denied, like an op without a rule.
@@ -58,19 +58,19 @@ def trace(model: nn.Module, example: Example, *, exclude: Sequence[str] = ()) ->
     settle(tracing, exclude)
     output = next(node for node in program.graph.nodes if node.op == "output")
     banned: set[str] = set()
-    text = ""
+    text, whole = "", False
     for _ in range(MOST_TRIALS):
-        graph = _Numbering(tracing, find_branches(tracing, output, banned)).graph(model, tuple(inputs[0].shape))
+        branches = find_branches(tracing, output, banned)
+        graph = _Numbering(tracing, branches, whole=whole).graph(model, tuple(inputs[0].shape))
         if not graph.groups:
             raise ModelError(f"nothing to prune: every channel is pinned; {_most_frequent(graph)}")
         failure = try_cut(model, graph, inputs)
-        import os
-
-        os.environ.get("DBG") and print(failure)
         if failure is None:
             return graph
         text = failure.text
-        if not repair(tracing, failure, graph, banned):
+        if failure.vanished:
+            whole = True  # outside branches every group keeps a channel
+        elif not repair(tracing, failure, graph, banned):
             break
     raise ModelError(text)
 
@@ -103,8 +103,7 @@ def export_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProg
     Raises:
         ModelError: the model cannot be traced, with the first line of the cause.
     """
-    with evaluating(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with evaluating(model), quiet():
         try:
             return torch.export.export(model, inputs)
         except Exception as error:  # the exporter raises many kinds; each means the same to the user
@@ -188,7 +187,9 @@ def _pin_tensor(tracing: Tracing, name: str, reason: str) -> None:
 class _Numbering:
     """Turns label classes into groups and global channel numbers."""
 
-    def __init__(self, tracing: Tracing, branches: list[BranchUse]) -> None:
+    def __init__(self, tracing: Tracing, branches: list[BranchUse], *, whole: bool = False) -> None:
+        """`whole`: only groups inside branches may reach width 0."""
+        self._whole = whole
         self._tracing = tracing
         self._uses = branches
         self._number: dict[int, int] = {}  # root ▶ global channel
@@ -257,7 +258,8 @@ class _Numbering:
         branch_of = {root: i for i, use in enumerate(self._uses) for root in use.inside}
         makers = [self._producers(layers, self._number[roots[0]]) for roots in self._roots]
         branches = [branch_of.get(roots[0]) for roots in self._roots]
-        vanish = _may_vanish(slots, [len(roots) for roots in self._roots], branches)
+        inside = [branch is not None for branch in branches]
+        vanish = inside if self._whole else _may_vanish(slots, [len(roots) for roots in self._roots], branches)
         names = [self._name(layers, made, roots) for made, roots in zip(makers, self._roots, strict=True)]
         return tuple(
             ChannelGroup(name, len(roots), made, branch, may, self._unit(layers, roots[0]))

@@ -101,7 +101,10 @@ def _count(tracing: Tracing, node: Node, attribute: str, labels: Ints) -> None:
 
 
 def _use(tracing: Tracing, node: Node, weight: Node, outputs: Ints, reads: Ints, kernel: float) -> None:
-    name = tracing.tensor_name(weight).rpartition(".")[0]
+    # A module with several weights, or the model's own: the weight's name tells them apart.
+    tensor = tracing.tensor_name(weight)
+    path, _, last = tensor.rpartition(".")
+    name = path if path and last == "weight" else tensor
     tracing.layers.append(LayerUse(node, name, outputs, reads, tracing.positions(node, len(outputs)), kernel))
 
 

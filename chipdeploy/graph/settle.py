@@ -9,6 +9,7 @@ import numpy as np
 
 from chipdeploy.errors import UsageError
 from chipdeploy.graph.labels import Ints
+from chipdeploy.graph.multihead import FOLLOWING
 from chipdeploy.graph.rules.base import Tracing
 from chipdeploy.graph.rules.pick import attribute_of
 
@@ -111,6 +112,8 @@ def _state_sizes(tracing: Tracing) -> None:
             tracing.labels.pin(labels, f"reshaped in {use.path} to channels along several dimensions")
             continue
         module = tracing.model.get_submodule(use.path)
+        if type(module) in FOLLOWING:  # its widths follow by `graph/multihead.py`
+            continue
         name = attribute_of(module, use.size, heads=use.axis < labels.ndim - 1)
         if name is not None:
             tracing.count(use.path, name, labels.reshape(-1))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from chipdeploy.graph.channels import KEPT, ChannelGraph, Mask
 from chipdeploy.graph.labels import Ints
+from chipdeploy.graph.multihead import follow_cut
 from chipdeploy.graph.plan import PrunePlan, dead_branches, group_widths
 from chipdeploy.graph.stubs import NoChannels, Still, Zeros
 
@@ -28,6 +29,7 @@ def hard_prune(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> nn.Mod
         width = int(_alive(count.index, mask).sum())
         stated = getattr(module, count.attribute)
         setattr(module, count.attribute, (width,) if isinstance(stated, tuple) else width)
+    follow_cut(small)
     for number in dead_branches(graph, group_widths(graph, mask)):
         for path, kind in graph.branches[number].stubs:
             small.set_submodule(path, _stub(small.get_submodule(path), kind))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, namedtuple
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -195,24 +196,24 @@ def retinanet():
     return detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=5)
 
 
-LARGE = {  # outputs in the file; the least share of layers' outputs that is free
-    "fcn_resnet50": (fcn, ["out", "aux"], 0.99),
-    "deeplabv3_mobilenet_v3_large": (deeplab, ["out", "aux"], 0.99),
-    "ssdlite320 backbone": (lambda: ssdlite().backbone, ["0", "1", "2", "3", "4", "5"], 0.6),
-    "ssdlite320 with heads": (lambda: WithHead(ssdlite()), ["bbox_regression", "cls_logits"], 0.6),
-    "retinanet backbone": (lambda: retinanet().backbone, ["0", "1", "2", "p6", "p7"], 0.9),
-    "retinanet with heads": (lambda: WithHead(retinanet()), ["cls_logits", "bbox_regression"], 0.9),
+LARGE = {  # the least share of channels that is free; outputs in the file, where one is made: that takes seconds
+    "fcn_resnet50": (fcn, 0.99, ["out", "aux"]),
+    "deeplabv3_mobilenet_v3_large": (deeplab, 0.99, ["out", "aux"]),
+    "ssdlite320 backbone": (lambda: ssdlite().backbone, 0.6, ["0", "1", "2", "3", "4", "5"]),
+    "ssdlite320 with heads": (lambda: WithHead(ssdlite()), 0.6, None),
+    "retinanet backbone": (lambda: retinanet().backbone, 0.9, ["0", "1", "2", "p6", "p7"]),
+    "retinanet with heads": (lambda: WithHead(retinanet()), 0.9, None),
     "frozen norms": (
-        lambda: resnet_fpn_backbone(backbone_name="resnet18", weights=None),
-        ["0", "1", "2", "3", "pool"],
+        lambda: resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5),
         0.7,
+        None,
     ),
 }
 
 
 @pytest.mark.parametrize("name", LARGE)
 def test_torchvision(name, randomized, random_mask, extreme_masks, tmp_path):
-    build, outputs, share = LARGE[name]
+    build, share, outputs = LARGE[name]
     torch.manual_seed(0)
     model = build().eval()
     inputs = drawn((3, 64, 64) if "deeplab" in name or "ssd" in name else (3, 32, 32))
@@ -226,15 +227,14 @@ def test_torchvision(name, randomized, random_mask, extreme_masks, tmp_path):
     for mask in (bare, random_mask(graph, 1)):
         check(model, graph, mask, inputs)
 
-    # Narrow, so that exporting takes seconds.
+    if outputs is None:
+        return
     narrow = np.zeros(graph.channels, dtype=bool)
     for number, group in enumerate(graph.groups):
-        narrow[graph.span(number).start :][: max(1, group.size // 8)] = group.branch is None or group.branch % 2 == 0
+        narrow[graph.span(number).start :][: max(1, group.size // 8)] = group.branch is None or group.branch % 4 == 0
     small = hard_prune(model, graph, PrunePlan.from_mask(graph, narrow)).float()
     images = inputs[0].float()
     file = export_onnx(small, images, tmp_path / "small.onnx", max_batch=4)
-    import onnx
-
     assert [value.name for value in onnx.load(file.path).graph.output] == outputs
     assert verify_onnx(small, file.path, images, batches=(1, 3)).max_relative_error <= 1e-4
 

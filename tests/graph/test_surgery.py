@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from chipdeploy.errors import InputError
+from chipdeploy.graph.gating import Gating, gated_call
 from chipdeploy.graph.plan import PrunePlan
 from chipdeploy.graph.stubs import NoChannels, Zeros
 from chipdeploy.graph.surgery import hard_prune
@@ -129,3 +130,60 @@ def test_a_whole_plan_changes_nothing(model, graph):
 def test_a_plan_for_another_network_is_refused(model, graph):
     with pytest.raises(InputError, match="names the group 'layer1'"):
         hard_prune(model, graph, PrunePlan({"layer1": (0,)}))
+
+
+class Encoder(nn.Module):
+    def __init__(self, batch_first=True):
+        super().__init__()
+        self.embed = nn.Linear(5, 12)
+        self.norm = nn.LayerNorm(12)
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=batch_first)
+        self.head = nn.Linear(12, 4)
+        self.need_weights = False
+
+    def forward(self, x):
+        x = self.embed(x)
+        y = self.norm(x)
+        mixed, _ = self.attention(y, y, y, need_weights=self.need_weights)
+        return self.head((x + mixed).mean(1))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_torchs_own_attention_loses_heads_and_stream(batch_first, randomized):
+    torch.manual_seed(0)
+    model = randomized(Encoder(batch_first))
+    tokens = torch.randn(2, 7, 5, dtype=torch.float64)
+    graph = trace(model, tokens)
+    assert {group.name: (group.size, group.unit) for group in graph.groups} == {
+        "embed": (12, 1),
+        "attention.in_proj_weight": (3, 12),  # queries, keys and values of 4 channels each
+    }
+    plan = PrunePlan({"embed": (0, 2, 3, 7, 11), "attention.in_proj_weight": (0, 2)})
+    small = hard_prune(model, graph, plan)
+    attention = small.attention
+    assert isinstance(attention, nn.MultiheadAttention)
+    assert (attention.num_heads, attention.embed_dim, attention.head_dim) == (2, 5, 4)
+    assert attention.in_proj_weight.shape == (24, 5)
+    assert set(small.state_dict()) == set(model.state_dict())
+    gates = torch.from_numpy(plan.mask(graph)).double()
+    with torch.no_grad():
+        expected = gated_call(model, Gating(graph), gates, tokens)
+        assert torch.allclose(small(tokens), expected, rtol=1e-12, atol=1e-12)
+        small.need_weights = True
+        assert torch.allclose(small(tokens), expected, rtol=1e-12, atol=1e-12)
+    small.need_weights = False
+    again = trace(small, tokens)
+    assert again.sizes.tolist() == [5, 2]
+    attention = hard_prune(small, again, PrunePlan({"attention.in_proj_weight": (1,)})).attention
+    assert (attention.num_heads, attention.embed_dim) == (1, 5)
+    with pytest.raises(NotImplementedError, match="key_padding_mask"):
+        attention(tokens, tokens, tokens, key_padding_mask=torch.zeros(2, 7))
+
+
+def test_a_norm_over_the_stream_takes_the_living_channels(randomized):
+    model = randomized(Encoder())
+    graph = trace(model, torch.randn(2, 7, 5, dtype=torch.float64))
+    assert [norm.tensor for norm in graph.norms] == ["norm.weight"]
+    small = hard_prune(model, graph, PrunePlan({"embed": (1, 4)}))
+    assert small.norm.normalized_shape == (2,)
+    assert small.norm.weight.shape == (2,)

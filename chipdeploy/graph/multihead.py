@@ -68,10 +68,10 @@ FOLLOWING = (nn.MultiheadAttention, HeadwiseAttention)
 def follow_cut(model: nn.Module) -> None:
     """Let every multi-head attention in `model` whose parameters were cut compute with what is left. Works in place."""
     for module in model.modules():
-        if type(module) in FOLLOWING and module.in_proj_weight is not None:
-            heads = module.in_proj_weight.shape[0] // (3 * module.head_dim)
-            stream = module.in_proj_weight.shape[1]
+        if isinstance(module, nn.MultiheadAttention) and type(module) in FOLLOWING and module._qkv_same_embed_dim:
+            weight: Tensor = module.in_proj_weight
+            heads, stream = weight.shape[0] // (3 * module.head_dim), weight.shape[1]
             if (heads, stream) != (module.num_heads, module.embed_dim):
                 module.__class__ = HeadwiseAttention
                 module.num_heads, module.embed_dim = heads, stream
-                module.kdim = module.vdim = stream
+                module.kdim, module.vdim = stream, stream

@@ -3,10 +3,12 @@
 import copy
 import sys
 import warnings
+from collections import OrderedDict, namedtuple
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,8 @@ from torch import nn
 from chipdeploy.engines.base import open_engine
 from chipdeploy.errors import ExportError, UsageError
 from chipdeploy.export.onnx import check_digest, export_onnx, model_digest
+
+Pair = namedtuple("Pair", ["boxes", "scores"])
 
 
 class SmallNet(nn.Module):
@@ -151,9 +155,14 @@ class Branching(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-class TwoOutputs(nn.Module):
+class OneFixed(nn.Module):
     def forward(self, x):
-        return x, x + 1
+        return {"all": x + 1, "mean": x.mean(0)}
+
+
+class SaysHowMany(nn.Module):
+    def forward(self, x):
+        return x + 1, {"count": 3}
 
 
 class BatchMean(nn.Module):
@@ -176,7 +185,8 @@ class Raises(nn.Module):
     [
         (FixedBatch(), "could not trace the network: .*specialized"),
         (Branching(), "could not trace the network: .*data-dependent"),
-        (TwoOutputs(), "the network needs one output tensor, got 2"),
+        (OneFixed(), "^the output mean has no free batch size; remove code that fixes the batch"),
+        (SaysHowMany(), "the network returns 3 as output_1_count, which is no tensor; return tensors only"),
         (BatchMean(), "the output has no free batch size"),
         (NoOnnxOp(), "could not convert the network to ONNX: .*linalg_eig"),
         (Raises(), "could not trace the network: ValueError: first line second line"),
@@ -214,6 +224,120 @@ def test_refuses_a_fixed_batch():
         export_onnx(small_net(), torch.randn(2, 3, 8, 8), Path("net.onnx"), max_batch=1)
 
 
+class Joined(nn.Module):
+    """Two images and any number of vectors; the keys of what it returns are what the exporter calls values inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.depth_conv = nn.Conv2d(1, 4, 3)
+
+    def forward(self, image, depth, *vectors):
+        out = torch.relu(self.conv(image)) + self.depth_conv(depth)
+        for vector in vectors:
+            out = out + vector[:, :, None, None]
+        return {"relu": out.mean((2, 3)), "conv2d": [out, out.sigmoid()], "add": out, "depth": depth}
+
+
+def inputs(count):
+    draw = torch.Generator().manual_seed(count)
+    shapes = ((3, 8, 8), (1, 8, 8), (4,), (4,))
+    return tuple(torch.randn(count, *shape, generator=draw) for shape in shapes)
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory):
+    torch.manual_seed(0)
+    net = Joined()
+    return net, export_onnx(net, inputs(1), tmp_path_factory.mktemp("joined") / "net.onnx")
+
+
+def test_inputs_bear_the_parameters_names_and_outputs_the_keys(joined):
+    graph = onnx.load(joined[1].path).graph
+    assert [value.name for value in graph.input] == ["image", "depth", "vectors_0", "vectors_1"]
+    # `depth` is taken: it is an input.
+    assert [value.name for value in graph.output] == ["relu", "conv2d_0", "conv2d_1", "add", "output_depth"]
+    for value in (*graph.input, *graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_output_is_the_network_s_own(joined, batch):
+    net, file = joined
+    session = onnxruntime.InferenceSession(file.path)
+    values = inputs(batch)
+    names = [value.name for value in session.get_inputs()]
+    got = session.run(None, {name: value.numpy() for name, value in zip(names, values, strict=True)})
+    with torch.no_grad():
+        expected = net(*values)
+    wanted = [expected["relu"], *expected["conv2d"], expected["add"], expected["depth"]]
+    assert len(got) == len(wanted)
+    for a, b in zip(wanted, got, strict=True):
+        assert np.abs(a.numpy() - b).max() <= 1e-5 * a.abs().max()
+
+
+class Returns(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x):
+        return self.shape(x * 2, x + 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [
+        (lambda a, b: (a, b), ["output_0", "output_1"]),
+        (lambda a, b: [a, {"mask": b}], ["output_0", "output_1_mask"]),
+        (lambda a, b: OrderedDict(boxes=a, scores=b), ["boxes", "scores"]),
+        (lambda a, b: Pair(boxes=a, scores=b), ["boxes", "scores"]),
+        (lambda a, b: {"a": [a, b], "a_1": a}, ["output_0", "output_1", "output_2"]),  # the keys alone are ambiguous
+        (lambda a, b: {"out": a - b}, ["logits"]),
+    ],
+)
+def test_names_of_outputs(tmp_path, shape, names):
+    file = export_onnx(Returns(shape), torch.randn(2, 3), tmp_path / "net.onnx")
+    graph = onnx.load(file.path).graph
+    assert [value.name for value in graph.input] == ["images"]
+    assert [value.name for value in graph.output] == names
+
+
+def test_whole_numbers_stay_whole(tmp_path):
+    class Embedded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(5, 3)
+
+        def forward(self, x, kind):
+            return x + self.table(kind)
+
+    file = export_onnx(Embedded(), (torch.randn(2, 3).double(), torch.tensor([1, 4])), tmp_path / "net.onnx")
+    graph = onnx.load(file.path).graph
+    types = [value.type.tensor_type.elem_type for value in graph.input]
+    assert types == [onnx.TensorProto.FLOAT, onnx.TensorProto.INT64]
+    assert [value.name for value in graph.output] == ["logits"]
+
+
+@pytest.mark.parametrize(
+    ("example", "got"),
+    [
+        ((torch.zeros(2, 3), torch.zeros(1, 3)), r"got \[\[2, 3\], \[1, 3\]\]"),
+        ((torch.zeros(2, 3), torch.tensor(1.0)), r"got \[\[2, 3\], \[\]\]"),
+        ((torch.zeros(2, 3), 5), r"got \[\[2, 3\], 'int'\]"),
+        (torch.zeros(0, 3), r"got \[\[0, 3\]\]"),
+        ((), r"got \[\]"),
+    ],
+)
+def test_refuses_inputs_without_one_batch_size(tmp_path, example, got):
+    with pytest.raises(
+        ExportError, match=f"every input must be a tensor \\[N, ...\\], of one batch size .*{got}"
+    ) as error:
+        export_onnx(Joined(), example, tmp_path / "net.onnx")
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_removed_branch_leaves_no_op(tmp_path):
     class Dead(nn.Module):
         def __init__(self):
@@ -226,3 +350,24 @@ def test_a_removed_branch_leaves_no_op(tmp_path):
     dead = export_onnx(Dead(), torch.randn(2, 3, 8, 8), tmp_path / "dead.onnx")
     alive = export_onnx(small_net(), torch.randn(2, 3, 8, 8), tmp_path / "alive.onnx")
     assert dead.op_types == alive.op_types
+
+
+def test_a_removed_branch_may_end_in_an_output(tmp_path):
+    class Dead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            out = self.conv(x)
+            return {"sum": out + torch.zeros_like(out), "cat": torch.cat([out[:, :0], out], 1), "out": out * 2}
+
+    torch.manual_seed(0)
+    net = Dead()
+    file = export_onnx(net, torch.randn(2, 3, 8, 8), tmp_path / "dead.onnx")
+    assert not {"Add", "Concat", "Expand", "ConstantOfShape"} & set(file.op_types)
+    images = torch.randn(3, 3, 8, 8)
+    got = onnxruntime.InferenceSession(file.path).run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        for a, b in zip(net(images).values(), got, strict=True):
+            assert np.abs(a.numpy() - b).max() <= 1e-5 * a.abs().max()

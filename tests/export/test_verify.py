@@ -1,4 +1,4 @@
-"""An exported file is believed only after it gave the network's own logits."""
+"""An exported file is believed only after it gave the network's own outputs."""
 
 import json
 import math
@@ -10,10 +10,11 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from chipdeploy.engines.base import open_engine
 from chipdeploy.errors import InputError, UsageError, VerificationError
 from chipdeploy.export import verify
 from chipdeploy.export.onnx import export_onnx
-from chipdeploy.export.verify import verify_onnx
+from chipdeploy.export.verify import verify_engine, verify_onnx
 
 
 @pytest.fixture(scope="module")
@@ -76,28 +77,116 @@ def test_the_error_is_relative_to_the_largest_logit(expected, got, error):
 
 
 def test_every_image_is_run_at_exactly_the_batch_size():
-    class Echo:
-        sizes = ()
+    sizes = []
 
-        def run(self, images):
-            self.sizes += (len(images),)
-            return images
+    def echo(inputs):
+        sizes.append(tuple(map(len, inputs)))
+        return [inputs[1], inputs[0]]
 
-    engine, pixels = Echo(), np.arange(5, dtype=np.float32)
-    assert verify._run(engine, pixels, 3).tolist() == [0, 1, 2, 3, 4]
-    assert verify._run(engine, pixels, 8).tolist() == [0, 1, 2, 3, 4]
-    assert engine.sizes == (3, 3, 8)
-
-
-@pytest.mark.parametrize("shape", [(0, 1, 8, 8), (1, 8, 8)])
-def test_refuses_no_images(exported, shape):
-    with pytest.raises(InputError, match=r"needs images \[N, C, H, W\]"):
-        verify_onnx(*exported, torch.zeros(shape))
+    inputs = np.arange(5, dtype=np.float32), np.arange(10).reshape(5, 2)
+    for batch in (3, 8):
+        first, second = verify._run(echo, inputs, batch)
+        assert first.tolist() == inputs[1].tolist() and second.tolist() == [0, 1, 2, 3, 4]
+    assert sizes == [(3, 3), (3, 3), (8, 8)]
 
 
 def test_refuses_images_of_another_size(exported):
-    with pytest.raises(InputError, match="takes images of batch x 1 x 8 x 8, got 1 x 3 x 8 x 8"):
+    with pytest.raises(InputError, match=r"takes images of batch x 1 x 8 x 8, got 1 x 3 x 8 x 8"):
         verify_onnx(*exported, torch.zeros(1, 3, 8, 8))
+    with pytest.raises(InputError, match=r"takes images of batch x 1 x 8 x 8, got 1 x 8 x 8"):
+        verify_onnx(*exported, torch.zeros(1, 8, 8))
+
+
+def test_refuses_no_images(exported):
+    with pytest.raises(InputError, match=r"every input must be a tensor \[N, ...\]"):
+        verify_onnx(*exported, torch.zeros(0, 1, 8, 8))
+    net, path = exported
+    with pytest.raises(InputError, match=r"needs images \[N, C, H, W\]"):
+        verify_engine(net, open_engine("ort-cpu", path), path.name, torch.zeros(1, 8, 8))
+
+
+class Segments(nn.Module):
+    """Two inputs; logits of pixels, classes of pixels, and a table of another size."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.depth = nn.Conv2d(3, 4, 3), nn.Conv2d(1, 4, 3)
+        self.table = nn.Linear(4, 2)
+
+    def forward(self, image, depth):
+        out = torch.relu(self.image(image) + self.depth(depth))
+        return {"out": out, "classes": out.argmax(1), "table": [self.table(out.mean((2, 3)))]}
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    torch.manual_seed(0)
+    net = Segments()
+    inputs = torch.randn(5, 3, 8, 8), torch.randn(5, 1, 8, 8)
+    path = tmp_path_factory.mktemp("several") / "net.onnx"
+    export_onnx(net, inputs, path)
+    return net, path, inputs
+
+
+def test_all_outputs_of_all_inputs_agree(several):
+    net, path, inputs = several
+    result = verify_onnx(net, path, inputs, batches=(1, 3))
+    assert result.max_relative_error < 1e-5
+    assert (result.top1_agreement, result.images) == (1, 5)
+
+
+@pytest.mark.parametrize("name", ["table.weight", "image.weight"])
+def test_one_wrong_output_is_enough(several, tmp_path, name):
+    net, path, inputs = several
+    model = onnx.load(path)
+    weight = next(item for item in model.graph.initializer if item.name == name)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.01, name))
+    edited = tmp_path / "edited.onnx"
+    onnx.save(model, edited)
+    with pytest.raises(VerificationError, match=r"^edited\.onnx differs from its network by .* value of an output"):
+        verify_onnx(net, edited, inputs)
+
+
+def test_a_missing_output_is_found(several, tmp_path):
+    net, path, inputs = several
+    model = onnx.load(path)
+    del model.graph.output[1]
+    onnx.save(model, tmp_path / "edited.onnx")
+    with pytest.raises(VerificationError, match="by inf"):
+        verify_onnx(net, tmp_path / "edited.onnx", inputs)
+
+
+def test_refuses_other_inputs(several):
+    net, path, inputs = several
+    with pytest.raises(InputError, match=r"net\.onnx takes 2 inputs, image, depth; got 1"):
+        verify_onnx(net, path, inputs[0])
+    with pytest.raises(InputError, match=r"net\.onnx as depth takes images of batch x 1 x 8 x 8, got 1 x 3 x 8 x 8"):
+        verify_onnx(net, path, (inputs[0], inputs[0]))
+    with pytest.raises(InputError, match="of one batch size"):
+        verify_onnx(net, path, (inputs[0], inputs[1][:2]))
+
+
+def test_an_engine_of_one_output_is_not_taken_for_several(tmp_path):
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x * 2, x + 1
+
+    images = torch.randn(2, 1, 4, 4)
+    file = export_onnx(Pair(), images, tmp_path / "pair.onnx")
+    assert verify_onnx(Pair(), file.path, images).max_relative_error < 1e-6
+    with pytest.raises(InputError, match=r"^pair\.onnx gives one output, its network 2; "):
+        verify_engine(Pair(), open_engine("ort-cpu", file.path), file.path.name, images)
+
+
+@pytest.mark.parametrize(
+    ("expected", "got", "share"),
+    [
+        ([[[1.0, 2.0], [2.0, 1.0]]], [[[1.0, 2.0], [2.0, 3.0]]], 0.5),  # two places with two classes
+        ([1.0, 2.0], [3.0, 1.0], 1.0),  # no classes
+    ],
+)
+def test_agreement_is_by_class(expected, got, share):
+    assert verify._agreement([np.array(expected)], [np.array(got)]) == share
 
 
 @pytest.mark.parametrize("wrong", [{"batches": ()}, {"batches": (0,)}, {"tolerance": 0.0}, {"tolerance": math.nan}])

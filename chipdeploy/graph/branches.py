@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -53,6 +54,7 @@ class BranchUse:
     stubs: tuple[tuple[str, str], ...]
     tail: tuple[str, ...]
     end: str
+    folds: tuple[tuple[str, float], ...] = ()
 
 
 def find_branches(tracing: Tracing, output: Node, banned: Collection[str] = ()) -> list[BranchUse]:
@@ -79,7 +81,58 @@ def find_branches(tracing: Tracing, output: Node, banned: Collection[str] = ()) 
         if branch is not None:
             found.append(branch)
             ends.add(node)
-    return found
+    return [*found, *_scalers(tracing, alive, found, output, banned)]
+
+
+def _scalers(
+    tracing: Tracing, alive: set[Node], found: list[BranchUse], output: Node, banned: Collection[str]
+) -> Iterator[BranchUse]:
+    """Modules that multiply their input by what they squeeze out of it, outside of branches that go anyway."""
+    taken = frozenset().union(*(branch.nodes for branch in found))
+    for end in tracing.flows:
+        users = [user for user in end.users if op_name(user) == "mul"]
+        if end in alive and end.name not in banned and len(end.users) == len(users) == 1:
+            dead = frozenset(alive - _ancestors([output], without={end}))
+            branch = None if dead & taken else _scaler(tracing, end, users[0], dead)
+            if branch is not None:
+                yield branch
+
+
+def _scaler(tracing: Tracing, end: Node, product: Node, dead: frozenset[Node]) -> BranchUse | None:
+    """A squeeze-and-excitation module as a branch: without its inside it scales by a constant, which the layers that
+    read its output take into their weights."""
+    path = tracing.owner(product)[0]
+    last, factor = _constant(end, dead)
+    readers = list(product.users)
+    calls = {node for node in dead if node.op == "call_function"}
+    if not path or _nodes_of(tracing, path) != calls | {product} or last is None or not factor:
+        return None
+    if any(op_name(reader) not in LAYERS or not tracing.is_parameter(reader.args[1]) for reader in readers):
+        return None
+    weights = tuple(tracing.tensor_name(reader.args[1]) for reader in readers)
+    bias = argument(last, 2, "bias")
+    tail = () if bias is None else (tracing.tensor_name(bias),)
+    elsewhere = {name for user, names in tracing.tensors_of.items() if user not in dead for name in names}
+    shared = [name for user, names in tracing.tensors_of.items() if user not in readers for name in names]
+    inside = _made_inside(tracing, dead)
+    if not inside or elsewhere & set(tail) or set(shared) & set(weights) or len(set(weights)) < len(weights):
+        return None
+    return BranchUse(dead, inside, ((path, "pass"),), tail, end.name, tuple((name, factor) for name in weights))
+
+
+def _constant(end: Node, dead: frozenset[Node]) -> tuple[Node | None, float]:
+    """The last layer before a chain of activations, and what the chain makes of zero."""
+    chain: list[Node] = []
+    node = end
+    while node in dead and op_name(node) in UNARY:
+        chain.append(node)
+        node = node.all_input_nodes[0]
+    if node not in dead or op_name(node) not in LAYERS or len(node.users) != 1:
+        return None, 0.0
+    value = torch.zeros(1, dtype=torch.float64)
+    for step in reversed(chain):
+        value = cast("Callable[..., Tensor]", step.target)(value.clone(), *step.args[1:], **step.kwargs)
+    return node, float(value)
 
 
 def _ancestors(roots: Iterable[Node], *, without: set[Node]) -> set[Node]:
@@ -101,19 +154,7 @@ def _is_input(tracing: Tracing, node: Node) -> bool:
 
 def _describe(tracing: Tracing, end: Node, dead: frozenset[Node]) -> BranchUse | None:
     """The branch that ends in `end`, or None when it cannot be removed exactly."""
-    layers = [layer for layer in tracing.layers if layer.node in dead and not layer.mult]
-    outside = {
-        int(root)
-        for layer in tracing.layers
-        if layer.node not in dead and not layer.mult
-        for root in tracing.labels.roots(layer.out_labels)
-    }
-    inside = frozenset(
-        int(root)
-        for layer in layers
-        for root in tracing.labels.roots(layer.out_labels)
-        if int(root) not in outside and tracing.labels.reason(int(root)) is None
-    )
+    inside = _made_inside(tracing, dead)
     if not inside:
         return None
     summed = any(op_name(user) == "add" for user in end.users)
@@ -129,6 +170,19 @@ def _describe(tracing: Tracing, end: Node, dead: frozenset[Node]) -> BranchUse |
     if stubs is None and last is not None:
         stubs = _still(tracing, dead, last)
     return None if stubs is None else BranchUse(dead, inside, stubs, affine, end.name)
+
+
+def _made_inside(tracing: Tracing, dead: frozenset[Node]) -> frozenset[int]:
+    """Roots of the free channels that only layers of the branch make."""
+    made: dict[bool, list[Ints]] = {True: [], False: []}
+    for layer in tracing.layers:
+        if not layer.mult:
+            made[layer.node in dead].append(layer.out_labels.reshape(-1))
+    ours, others = (
+        np.unique(tracing.labels.roots(np.concatenate([np.zeros(0, np.int64), *made[own]]))) for own in (True, False)
+    )
+    ours = ours[~np.isin(ours, others)]
+    return frozenset(ours[tracing.labels.free(ours)].tolist())
 
 
 def _tail(tracing: Tracing, end: Node, dead: frozenset[Node]) -> tuple[tuple[str, ...], Node] | None:

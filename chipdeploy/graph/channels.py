@@ -89,6 +89,7 @@ class Branch:
     stubs: tuple[tuple[str, str], ...]  # (module, kind of stub that replaces it)
     tail: tuple[str, ...] = ()  # affine tensors by which the branch's output is scaled to zero when it is gone
     end: str = ""  # the traced op that hands the branch's output on
+    folds: tuple[tuple[str, float], ...] = ()  # weights that take the constant of a branch that scaled, when it is gone
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,6 +31,9 @@ def hard_prune(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> nn.Mod
         setattr(module, count.attribute, (width,) if isinstance(stated, tuple) else width)
     follow_cut(small)
     for number in dead_branches(graph, group_widths(graph, mask)):
+        for name, factor in graph.branches[number].folds:
+            with torch.no_grad():
+                small.get_parameter(name).mul_(factor)
         for path, kind in graph.branches[number].stubs:
             small.set_submodule(path, _stub(small.get_submodule(path), kind))
     return small

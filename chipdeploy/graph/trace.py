@@ -315,7 +315,7 @@ class _Numbering:
         for number, use in enumerate(self._uses):
             inside = tuple(i for i, group in enumerate(groups) if group.branch == number)
             name = _common_path([module for module, _ in use.stubs])
-            found.append(Branch(name, inside, use.stubs, use.tail, use.end))
+            found.append(Branch(name, inside, use.stubs, use.tail, use.end, use.folds))
         return tuple(found)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from chipdeploy.graph.labels import Ints
-from chipdeploy.graph.rules.base import Tracing, argument, keeps_zero, op_name, shape
+from chipdeploy.graph.rules.base import Tracing, argument, keeps_zero, nodes_of, op_name, shape
 from chipdeploy.graph.rules.elementwise import UNARY
 from chipdeploy.graph.stubs import Geometry
 
@@ -105,7 +105,7 @@ def _scaler(tracing: Tracing, end: Node, product: Node, dead: frozenset[Node]) -
     last, factor = _constant(end, dead)
     readers = list(product.users)
     calls = {node for node in dead if node.op == "call_function"}
-    if not path or _nodes_of(tracing, path) != calls | {product} or last is None or not factor:
+    if not path or nodes_of(tracing, path) != calls | {product} or last is None or not factor:
         return None
     if any(op_name(reader) not in LAYERS or not tracing.is_parameter(reader.args[1]) for reader in readers):
         return None
@@ -248,7 +248,7 @@ def _still(tracing: Tracing, dead: frozenset[Node], last: Node) -> tuple[tuple[s
     Its output must have the channels of its input. What is left of the branch must keep its input's shape, too.
     """
     for path in _downwards(tracing.owner(last)[0]):
-        nodes = _nodes_of(tracing, path)
+        nodes = nodes_of(tracing, path)
         if nodes <= dead and _same_channels(tracing, nodes):
             break
     else:
@@ -266,7 +266,7 @@ def _still(tracing: Tracing, dead: frozenset[Node], last: Node) -> tuple[tuple[s
 def _stays(tracing: Tracing, node: Node, path: str, dead: frozenset[Node]) -> bool:
     """Whether an op reads a parameter of a module that stays, such as a block's own layer scale."""
     sliced = op_name(node) in LAYERS | NORMS | PRODUCTS
-    return not sliced and not (path and _nodes_of(tracing, path) <= dead)
+    return not sliced and not (path and nodes_of(tracing, path) <= dead)
 
 
 def _downwards(path: str) -> Iterator[str]:
@@ -274,15 +274,6 @@ def _downwards(path: str) -> Iterator[str]:
     parts = path.split(".")
     for count in range(1, len(parts) + 1):
         yield ".".join(parts[:count])
-
-
-def _nodes_of(tracing: Tracing, path: str) -> frozenset[Node]:
-    """All ops that a module and those in it issue."""
-    return frozenset(
-        node
-        for node in tracing.flows
-        if node.op == "call_function" and f"{tracing.owner(node)[0]}.".startswith(f"{path}.")
-    )
 
 
 def _same_channels(tracing: Tracing, nodes: frozenset[Node]) -> bool:
@@ -302,7 +293,7 @@ def _same_channels(tracing: Tracing, nodes: frozenset[Node]) -> bool:
 
 def _keeps_shape(tracing: Tracing, path: str, dead: frozenset[Node]) -> bool:
     """Whether a module lies in the branch and hands on a tensor of its input's shape."""
-    nodes = _nodes_of(tracing, path) if path else frozenset()
+    nodes = nodes_of(tracing, path) if path else frozenset()
     read = {a for node in nodes for a in node.all_input_nodes if a not in nodes and not tracing.is_tensor(a)}
     given = {node for node in nodes if any(user not in nodes for user in node.users)}
     if not nodes or not nodes <= dead or len(read) != 1 or len(given) != 1:

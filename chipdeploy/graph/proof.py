@@ -15,7 +15,7 @@ from chipdeploy.errors import InputError, ModelError
 from chipdeploy.graph.channels import ChannelGraph, Mask
 from chipdeploy.graph.gating import Gating, gated_call
 from chipdeploy.graph.plan import PrunePlan
-from chipdeploy.graph.rules.base import Tracing
+from chipdeploy.graph.rules.base import Doubt, Tracing, nodes_of
 from chipdeploy.graph.surgery import hard_prune
 
 TOLERANCE = 1e-3  # of the largest output, in float32; a wrong cut is off by tens of percent
@@ -107,21 +107,46 @@ def repair(tracing: Tracing, failure: Failure, graph: ChannelGraph, banned: set[
     """Pin what a failed cut went through, or forbid the branches; False when there is nothing left to try."""
     if failure.dead and graph.branches:
         return _ban(failure, graph, banned)
-    doubts = [doubt for doubt in tracing.doubts if tracing.labels.free(doubt.labels).any()]
-    blamed = doubts
-    if failure.path is not None:
-        for path in _upwards(failure.path):
-            kind = type(tracing.model.get_submodule(path))
-            inside = [doubt for doubt in doubts if doubt.path == path]
-            # What fails in one block of a kind fails in all of them.
-            alike = [doubt for doubt in doubts if type(tracing.model.get_submodule(doubt.path)) is kind]
-            if inside:
-                blamed = alike
-                break
-    for doubt in blamed:
+    for path in [] if failure.path is None else _upwards(failure.path):
+        kind = type(tracing.model.get_submodule(path))
+        if kind.__module__.startswith("torch.nn."):  # a layer that was given a wrong width by the module around it
+            continue
+        # What fails in one block of a kind fails in all of them.
+        alike = [name for name, module in tracing.model.named_modules() if type(module) is kind]
+        for blamed in (_doubts(tracing, alike), _inputs(tracing, alike)):
+            if blamed and any(doubt.path == path for doubt in blamed):
+                _pin(tracing, blamed)
+                return True
+    left = _doubts(tracing, None)
+    _pin(tracing, left)
+    return bool(left)
+
+
+def _pin(tracing: Tracing, doubts: list[Doubt]) -> None:
+    for doubt in doubts:
         where = doubt.path or "the model"
         tracing.labels.pin(doubt.labels, f"the forward of {where} holds numbers of channels that cannot follow a cut")
-    return bool(blamed)
+
+
+def _doubts(tracing: Tracing, paths: list[str] | None) -> list[Doubt]:
+    """Noted doubts in modules, or in all of them, about channels that are not pinned."""
+    return [
+        doubt
+        for doubt in tracing.doubts
+        if (paths is None or doubt.path in paths) and tracing.labels.free(doubt.labels).any()
+    ]
+
+
+def _inputs(tracing: Tracing, paths: list[str]) -> list[Doubt]:
+    """Channels that enter modules and are not pinned: widths of heads may be computed from those of the input."""
+    found = []
+    for path in filter(None, paths):
+        nodes = nodes_of(tracing, path)
+        read = {a for node in nodes for a in node.all_input_nodes if a not in nodes and not tracing.is_tensor(a)}
+        flows = [tracing.flows.get(node) for node in read]
+        labels = [flow for flow in flows if flow is not None and not isinstance(flow, list)]
+        found += [Doubt(path, flow) for flow in labels if tracing.labels.free(flow).any()]
+    return found
 
 
 def _ban(failure: Failure, graph: ChannelGraph, banned: set[str]) -> bool:

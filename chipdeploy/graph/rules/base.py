@@ -204,6 +204,15 @@ class Tracing:
         return int(np.prod(shape(node), dtype=np.int64)) // max(1, channels * self.batch)
 
 
+def nodes_of(tracing: Tracing, path: str) -> frozenset[Node]:
+    """All ops that a module and those in it issue."""
+    return frozenset(
+        node
+        for node in tracing.flows
+        if node.op == "call_function" and f"{tracing.owner(node)[0]}.".startswith(f"{path}.")
+    )
+
+
 def keeps_zero(node: Node) -> bool:
     """Whether an op maps zeros to zeros."""
     if op_name(node) == "hardtanh":

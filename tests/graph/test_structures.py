@@ -55,6 +55,42 @@ class PadFirst(nn.Conv2d):
         return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
 
 
+class Squeeze(nn.Module):
+    """Squeeze and excitation as most libraries write it."""
+
+    def __init__(self, channels, inside, gate):
+        super().__init__()
+        self.less, self.more = nn.Conv2d(channels, inside, 1), nn.Conv2d(inside, channels, 1)
+        self.gate = gate
+
+    def forward(self, x):
+        return x * self.gate(self.more(F.relu(self.less(F.adaptive_avg_pool2d(x, 1)))))
+
+
+class Attention(nn.Module):
+    """Heads whose width is computed from that of the input, or is an attribute of its own."""
+
+    def __init__(self, width, heads, *, own):
+        super().__init__()
+        self.num_heads, self.head_dim, self.attn_dim = heads, width // heads, width
+        self.own = own
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        count, tokens, channels = x.shape
+        width = self.head_dim if self.own else channels // self.num_heads
+        q, k, v = self.qkv(x).reshape(count, tokens, 3, self.num_heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(-1) @ v
+        out = self.attn_dim if self.own else channels
+        return self.proj(mixed.transpose(1, 2).reshape(count, tokens, out))
+
+
+def tokens_and_back(net, x):
+    flat = x.flatten(2).transpose(1, 2)
+    flat = flat + net.attention(net.norm(flat))
+    return flat.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
 class AddsItsInput(nn.Conv2d):
     def forward(self, x):
         return super().forward(x) + x
@@ -213,6 +249,41 @@ CASES = {
             a=nn.Conv2d(8, 4, 1),
             b=nn.Conv2d(4, 8, 1),
             c=conv(8, 8),
+        ),
+        0,
+    ),
+    "squeeze and excite in a module": (
+        lambda: Net(lambda net, x: net.c(net.s(x)), s=Squeeze(8, 4, nn.Sigmoid()), c=plain(8, 8)),
+        1,
+    ),
+    "squeeze and excite read by two layers": (
+        lambda: Net(
+            lambda net, x: (lambda y: net.c(y) * net.d(y))(net.s(x)),
+            s=Squeeze(8, 4, nn.Hardsigmoid()),
+            c=plain(8, 8),
+            d=plain(8, 8),
+        ),
+        1,
+    ),
+    "squeeze and excite read by a norm": (
+        lambda: Net(lambda net, x: net.n(net.s(x)), s=Squeeze(8, 4, nn.Sigmoid()), n=nn.BatchNorm2d(8)),
+        0,
+    ),
+    "squeeze and excite that gives zero": (
+        lambda: Net(lambda net, x: net.c(net.s(x)) + x, s=Squeeze(8, 4, nn.Tanh()), c=plain(8, 8)),
+        0,
+    ),
+    "heads of a width of their own": (
+        lambda: Net(tokens_and_back, norm=nn.LayerNorm(8), attention=Attention(8, 4, own=True)),
+        1,
+    ),
+    "heads of a width computed from the input": (
+        lambda: Net(
+            lambda net, x: tokens_and_back(net, F.relu(net.b(F.relu(net.a(x))))),
+            norm=nn.LayerNorm(8),
+            attention=Attention(8, 4, own=False),
+            a=conv(8, 6),
+            b=conv(6, 8),
         ),
         0,
     ),

@@ -9,6 +9,8 @@ import typer
 from . import options
 from .output import console, print_json
 
+MOST_NAMES = 4  # of layers that one reason holds; --json has all
+
 if TYPE_CHECKING:
     from chipdeploy.graph.channels import ChannelGraph
 
@@ -67,6 +69,14 @@ def describe(graph: ChannelGraph) -> dict[str, Any]:
     }
 
 
+def _by_reason(pinned: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Layers by the reason that holds them, the reasons that hold most channels first."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for layer in pinned:
+        found.setdefault(layer["reason"], []).append(layer)
+    return dict(sorted(found.items(), key=lambda item: -sum(layer["channels"] for layer in item[1])))
+
+
 def _print(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
@@ -79,13 +89,17 @@ def _print(facts: dict[str, Any]) -> None:
     table = Table("group", "channels", "can go with", "members", box=None, pad_edge=False)
     for group in facts["groups"]:
         way = group["branch"] or ("the rest of its stream" if group["may_vanish"] else "no")
-        table.add_row(group["name"], str(group["channels"]), way, ", ".join(group["members"]))
+        width = str(group["channels"]) if group["unit"] == 1 else f"{group['channels']} x {group['unit']}"
+        table.add_row(group["name"], width, way, ", ".join(group["members"]))
     screen.print(table)
-    for pinned in facts["pinned"]:
-        screen.print(f"pinned: {pinned['name']} ({pinned['channels']} channels): {pinned['reason']}")
-    low = facts["smallest"]
-    screen.print(
-        f"smallest connected network: {low['macs']:.2%} of the FLOPs, {low['params']:.2%} of the params, "
-        f"{low['channels']:.2%} of the channels, {low['volume']:.2%} of the volume"
-    )
+    for reason, layers in _by_reason(facts["pinned"]).items():
+        channels = sum(layer["channels"] for layer in layers)
+        names = ", ".join(layer["name"] for layer in layers[:MOST_NAMES])
+        more = f" and {len(layers) - MOST_NAMES} more" if len(layers) > MOST_NAMES else ""
+        screen.print(f"pinned: {names}{more} ({channels} channels): {reason}")
+    for word, shares in (("can be pruned", facts["prunable"]), ("smallest connected network", facts["smallest"])):
+        screen.print(
+            f"{word}: {shares['macs']:.2%} of the FLOPs, {shares['params']:.2%} of the params, "
+            f"{shares['channels']:.2%} of the channels, {shares['volume']:.2%} of the volume"
+        )
     screen.print(f"next: chipdeploy prune {facts['model']} --flops 0.3")

@@ -19,10 +19,11 @@ from chipdeploy.chipnet.costs import COSTS, UNITS, CostModel
 from chipdeploy.chipnet.project import Projector
 from chipdeploy.chipnet.soft import Budget, ChipNet
 from chipdeploy.config import PruneConfig, TrainConfig
-from chipdeploy.errors import MissingError, RunError
+from chipdeploy.errors import MissingError, ModelError, RunError
 from chipdeploy.files import digest
 from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.plan import PrunePlan, dead_branches, group_widths
+from chipdeploy.graph.proof import evaluating
 from chipdeploy.graph.surgery import hard_prune
 from chipdeploy.graph.trace import trace
 from chipdeploy.run import CONFIG, Run, make_folder, read_json, write_json
@@ -147,6 +148,7 @@ def check_budget(config: PruneConfig, job: Job) -> str:
     if config.weights:
         load_weights(model, Path(config.weights))
     graph = trace(model, job.example, exclude=config.exclude)
+    _check_output(model, job.example, job.data.num_classes)
     budget = Budget(config.kind, config.keep)
     cost = CostModel.of(graph, budget.cost)
     projector = Projector(graph, cost, config.align, min_width=config.min_width, blocks=config.blocks)
@@ -155,6 +157,17 @@ def check_budget(config: PruneConfig, job: Job) -> str:
     projector.project(np.ones(graph.channels), config.keep)
     unit = UNITS[budget.cost]
     return f"keep at most {config.keep:.4g} of the {unit}: {config.keep * cost.dense:,.0f} of {cost.dense:,.0f}"
+
+
+def _check_output(model: nn.Module, example: Tensor, classes: int) -> None:
+    """Raises ModelError where the model gives something else than logits [N, classes]."""
+    with evaluating(model), torch.no_grad():
+        output = model(example)
+    if not isinstance(output, Tensor):
+        kind = type(output).__name__
+        raise ModelError(f"the model returns a {kind}; here one tensor [N, {classes}] is needed; see docs/own-model.md")
+    if tuple(output.shape) != (len(example), classes):
+        raise ModelError(f"the model returns {list(output.shape)} for {len(example)} images of {classes} classes")
 
 
 def train_dense(job: Job, folder: Path, watcher: Watcher) -> Path:

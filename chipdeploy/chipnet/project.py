@@ -62,10 +62,14 @@ class Projector:
         self._core, self._leaves = self._split()
 
     @cached_property
+    def smallest_widths(self) -> Ints:
+        """The widths [G] of the cheapest legal plan."""
+        return np.where([self._may_vanish(group) for group in range(len(self.graph.groups))], 0, self._low)
+
+    @property
     def smallest(self) -> float:
         """The least share of the cost that any legal plan keeps."""
-        widths = np.where([self._may_vanish(group) for group in range(len(self.graph.groups))], 0, self._low)
-        return self.cost.count(widths) / self.cost.dense
+        return self.cost.count(self.smallest_widths) / self.cost.dense
 
     def check(self, keep: float) -> None:
         """Raises BudgetError where no connected network is as cheap as keep · dense."""
@@ -329,17 +333,17 @@ class _Search:
 
     def _fill(self, widths: Ints) -> Ints:
         """Spend what is left of the budget, on the alignment first, in finer steps only where too much stays unused."""
+        units = self._p._units
         if self._cost(widths) > self._keep:
             widths = self._smallest_choice()
-        widths = self._exchange(self._raise(widths, self._p._units))
-        units = self._p._units
+        if self._cost(widths) > self._keep:  # not in steps of the alignment
+            widths, units = self._p.smallest_widths, np.ones_like(units)
+        widths = self._exchange(self._raise(widths, units))
         while units.max() > 1 and self._cost(widths) < self._keep * (1 - SLACK):
             units = np.maximum(units // 2, 1)
             widths = self._raise(widths, units, once=True)
         if self._cost(widths) < self._keep * (1 - SLACK):
             widths = self._raise(widths, units)
-        if self._cost(widths) > self._keep:
-            raise BudgetError(f"no plan in steps of the alignment keeps at most {self._keep:.2%}; use --align 1")
         return widths
 
     def _raise(self, widths: Ints, units: Ints, *, once: bool = False) -> Ints:

@@ -30,14 +30,14 @@ class OrtEngine:
     """An ONNX file in an ONNX Runtime session.
 
     Args:
-        path: the ONNX file; one input of images, the first output is the logits.
+        path: the ONNX file; one input of images, one output of logits.
         target: an `ort` target; its precision is the file's own and is only carried along.
         threads: intra-op threads. Nothing else may run beside them: inter-op is 1, execution is sequential.
 
     Raises:
         UsageError: fewer than 1 thread.
         MissingError: ONNX Runtime is absent, installed twice, or gave another execution provider.
-        ExportError: the file is missing, damaged, or has more than one input.
+        ExportError: the file is missing, damaged, or has more than one input or output.
     """
 
     def __init__(self, path: Path, target: Target | None = None, *, threads: int = 1) -> None:
@@ -46,12 +46,15 @@ class OrtEngine:
         self.threads = threads
         self.target = target or Target("ort", CPU)
         self._provider = CPU_PROVIDER if self.target.device == CPU else CUDA_PROVIDER
-        self._session = _session(path, threads, self._provider)
+        self._session = open_session(path, threads, self._provider)
         inputs = self._session.get_inputs()
         if len(inputs) != 1:
             raise ExportError(f"{path.name} takes {len(inputs)} inputs; export a network that takes images only")
+        outputs = self._session.get_outputs()
+        if len(outputs) != 1:
+            raise ExportError(f"{path.name} gives {len(outputs)} outputs; an engine runs networks that give one")
         self._input: str = inputs[0].name
-        self._output: str = self._session.get_outputs()[0].name
+        self._output: str = outputs[0].name
         self.input_shape: tuple[int | str, ...] = tuple(inputs[0].shape)
         self._graphed: tuple[Any, Any] | None = None
 
@@ -102,7 +105,7 @@ class OrtEngine:
     def _with_graph(self, images: Images) -> tuple[Any, Any] | None:
         """A session that replays a CUDA graph, with its buffers; None where the network cannot be captured."""
         try:
-            session = _session(self.path, self.threads, self._provider, graph=True)
+            session = open_session(self.path, self.threads, self._provider, graph=True)
             binding = self._bound(session, images)
             for _ in range(GRAPH_RUNS):
                 session.run_with_iobinding(binding)
@@ -115,7 +118,7 @@ class OrtEngine:
         check_images(self.path.name, images, self.input_shape)
         warm_up = 3
         with tempfile.TemporaryDirectory() as folder:
-            session = _session(self.path, self.threads, self._provider, profile=Path(folder) / "profile")
+            session = open_session(self.path, self.threads, self._provider, profile=Path(folder) / "profile")
             for _ in range(warm_up + runs):
                 session.run([self._output], {self._input: images})
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -159,7 +162,7 @@ def open_ort(artifact: Path | nn.Module, target: Target, /, **options: int) -> O
     return OrtEngine(artifact, target, **options)
 
 
-def _session(path: Path, threads: int, provider: str, *, profile: Path | None = None, graph: bool = False) -> Any:
+def open_session(path: Path, threads: int, provider: str, *, profile: Path | None = None, graph: bool = False) -> Any:
     """An `onnxruntime.InferenceSession` that runs on `provider` and nowhere else."""
     check_installed()
     try:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from chipdeploy.engines.base import Engine, check_images
-from chipdeploy.engines.ort import CPU_PROVIDER, _session
+from chipdeploy.engines.ort import CPU_PROVIDER, open_session
 from chipdeploy.errors import InputError, UsageError, VerificationError
 from chipdeploy.export.onnx import Inputs, as_inputs, step
 
@@ -67,7 +67,7 @@ def verify_onnx(
 
     Otherwise as `verify_engine`.
     """
-    session = _session(path, threads, CPU_PROVIDER)
+    session = open_session(path, threads, CPU_PROVIDER)
     declared = session.get_inputs()
     names = [value.name for value in declared]
 

@@ -105,3 +105,17 @@ def test_a_branch_of_many_groups():
     cost = CostModel.of(graph, "macs")
     for keep in (0.7, 0.3):
         assert cost.count(widths_of(graph, keep, align=4)) >= 0.9 * keep * cost.dense
+
+
+def test_where_the_alignment_fits_no_budget_finer_steps_do():
+    layers = (
+        nn.Conv2d(3, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+    )
+    graph = trace(nn.Sequential(*layers), torch.randn(2, 3, 8, 8))
+    widths = widths_of(graph, 0.3, align=16)
+    assert CostModel.of(graph, "macs").count(widths) >= 0.25 * CostModel.of(graph, "macs").dense

@@ -181,7 +181,7 @@ class Tracing:
         self.tensors_of.setdefault(user, []).append(name)
         known = self.dims.get((name, dim))
         if known is not None:
-            labels = self.labels.unite(known[0], labels)
+            labels, gated = self.labels.unite(known[0], labels), gated or known[1]
         self.dims[name, dim] = (labels, gated)
 
     def count(self, module: str, attribute: str, labels: Ints) -> None:

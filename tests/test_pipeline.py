@@ -307,6 +307,27 @@ def test_a_budget_is_checked_before_anything_is_trained(configure):
         check_budget(wrong, prepare(wrong))
 
 
+@pytest.mark.parametrize("head", ["(x, x)", "x[:, :2]"])
+def test_what_gives_no_logits_is_refused_before_anything_is_trained(configure, folder, head):
+    text = NET.replace("return self.head(", "x = self.head(").replace(
+        "mean((2, 3)))", f"mean((2, 3)))\n        return {head}"
+    )
+    (folder / "net.py").write_text(text)
+    config = configure()
+    with pytest.raises(ModelError, match=r"the model returns (a tuple|\[2, 2\])"):
+        check_budget(config, prepare(config))
+
+
+def test_excluded_layers_and_least_widths_hold_through_a_run(configure, go, folder):
+    run, _, _ = go(configure(exclude=("stem*",), min_width=5))
+    small = load(run.path)
+    assert small.stem[0].out_channels == 8
+    assert small.inner[0].out_channels in range(5, 12)
+    with pytest.raises(UsageError, match="--exclude body matches no layer"):
+        config = configure(exclude=("body",))
+        check_budget(config, prepare(config))
+
+
 def test_devices():
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device("auto").type in ("cpu", "cuda")

@@ -35,6 +35,14 @@ def conv_file(tmp_path):
     return path
 
 
+def test_a_network_of_several_outputs_is_refused(conv_file):
+    proto = onnx.load(conv_file)
+    proto.graph.output.append(helper.make_tensor_value_info("pooled", TensorProto.FLOAT, ["batch", 1, 1, 1]))
+    onnx.save(proto, conv_file)
+    with pytest.raises(ExportError, match=r"net.onnx gives 2 outputs; an engine runs networks that give one"):
+        open_engine("ort-cpu", conv_file)
+
+
 def test_runs_the_network(conv_file):
     images = np.ones((3, 2, 4, 4), np.float32)
     images[1, 0], images[2, 1] = 5, -1

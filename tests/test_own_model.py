@@ -206,10 +206,3 @@ def test_refused(middle, reason):
     with pytest.raises(ModelError, match=reason) as error:
         trace(Net(middle), torch.randn(2, 3, 8, 8))
     assert "\n" not in str(error.value)
-
-
-def test_a_module_under_two_names_is_refused():
-    net = Net()
-    net.again = net.b
-    with pytest.raises(ModelError, match="one module under two names"):
-        trace(net, torch.randn(2, 3, 8, 8))

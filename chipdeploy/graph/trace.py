@@ -47,11 +47,10 @@ def trace(model: nn.Module, example: Example, *, exclude: Sequence[str] = ()) ->
         exclude: patterns such as `layer4.*`; the layers that match keep all their outputs.
 
     Raises:
-        ModelError: `torch.export` cannot follow the model, a layer is registered under two names, nothing in it can
-            be pruned, or its cut would not equal its gated self.
+        ModelError: `torch.export` cannot follow the model, nothing in it can be pruned, or its cut would not equal
+            its gated self.
         UsageError: a pattern that matches no layer.
     """
-    _refuse_aliases(model)
     inputs = example if isinstance(example, tuple) else (example,)
     program = export_program(model, inputs)
     tracing = _walk(model, program, inputs)
@@ -84,17 +83,6 @@ def _most_frequent(graph: ChannelGraph) -> str:
         return "it has no layer with channels"
     reason = max(held, key=lambda text: held[text])
     return f"{held[reason]} of {sum(held.values())}: {reason}"
-
-
-def _refuse_aliases(model: nn.Module) -> None:
-    """`torch.func.functional_call` leaves a module that is registered twice with the tensors of the call."""
-    paths: dict[nn.Module, str] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if module in paths and (module._parameters or module._buffers):
-            raise ModelError(
-                f"{path} and {paths[module]} are one module under two names; register it once and call it twice"
-            )
-        paths[module] = path
 
 
 def export_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:

@@ -9,6 +9,8 @@ from torch import nn
 
 from chipdeploy.errors import ModelError, UsageError
 from chipdeploy.graph.channels import KEPT
+from chipdeploy.graph.plan import PrunePlan
+from chipdeploy.graph.surgery import hard_prune
 from chipdeploy.graph.trace import trace
 from chipdeploy.training.models import build_model
 
@@ -210,10 +212,16 @@ def test_nothing_to_prune_is_refused():
         trace(nn.Sequential(nn.Conv2d(3, 5, 8), nn.Flatten()), torch.zeros(1, 3, 8, 8))
 
 
-def test_a_layer_under_two_names_is_refused():
+def test_a_layer_under_two_names_is_one_layer(randomized, random_mask, disagreement):
     inner = nn.Conv2d(8, 8, 1)
-    with pytest.raises(ModelError, match="again and inner are one module under two names"):
-        graph_of(lambda net, x: net.again(net.inner(x)), inner=inner, again=inner)
+    net = randomized(Net(lambda net, x: net.again(net.inner(x)), inner=inner, again=inner))
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    graph = trace(net, images)
+    assert [(group.name, group.size) for group in graph.groups] == [("stem", 8), ("head", 4)]
+    mask = random_mask(graph, 0)
+    assert disagreement(net, graph, mask, images) <= 1e-12
+    small = hard_prune(net, graph, PrunePlan.from_mask(graph, mask))
+    assert small.again is small.inner and small.inner.weight.shape == (small.stem.out_channels,) * 2 + (1, 1)
 
 
 @pytest.mark.parametrize("succeeds", [True, False])

@@ -19,6 +19,8 @@ def remove_dead_branches(program: ExportedProgram) -> ExportedProgram:
 
     Works in place, but for a program that writes to tensors: that one is made free of side effects first.
     """
+    if not any(_leftover(node) for node in program.graph.nodes):
+        return program
     if any(_writes(node) for node in program.graph.nodes):
         program = program.run_decompositions({})
     zeros: set[Node] = set()
@@ -35,6 +37,15 @@ def remove_dead_branches(program: ExportedProgram) -> ExportedProgram:
     program.graph.eliminate_dead_code(is_impure_node=_must_stay)
     program.graph_module.recompile()
     return program
+
+
+def _leftover(node: Node) -> bool:
+    """Whether a removed branch may have left an op; without one, the slow rewriting is not needed."""
+    if node.op != "call_function":
+        return False
+    empty = any(0 in _shape(part) for part in node.all_input_nodes)
+    nothing = op_name(node) in ("pad", "constant_pad_nd") and not any(cast("list[int]", node.args[1]))
+    return op_name(node) in ZEROS or empty or nothing
 
 
 def _zero_again(node: Node, zeros: set[Node]) -> bool:

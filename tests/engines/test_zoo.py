@@ -28,27 +28,20 @@ BUILT_IN = (
     "preresnet164",
     "wideresnet26-12",
 )
+# A dozen of the thirty that benchmarks/rtx_builds.py builds.
 ZOO = (
-    "torchvision:resnet18",
     "torchvision:mobilenet_v2",
     "torchvision:mobilenet_v3_small",
     "torchvision:efficientnet_b0",
     "torchvision:regnet_y_400mf",
     "torchvision:shufflenet_v2_x0_5",
     "torchvision:squeezenet1_1",
-    "torchvision:mnasnet0_5",
-    "torchvision:googlenet",
-    "torchvision:densenet121",
-    "timm:resnet10t",
     "timm:repvgg_a0",
     "timm:ghostnet_050",
     "timm:convnext_atto",
-    "timm:tf_efficientnet_lite0",
     "timm:mobileone_s0",
     "timm:regnetx_002",
     "timm:lcnet_050",
-    "timm:mobilenetv3_small_050",
-    "timm:tinynet_e",
 )
 
 

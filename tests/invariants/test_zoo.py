@@ -5,9 +5,12 @@ The whole zoo is `benchmarks/zoo.py`; its table is docs/zoo.md.
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from chipdeploy.chipnet.costs import CostModel
 from chipdeploy.export.onnx import export_onnx
@@ -41,7 +44,13 @@ ZOO = {
     "timm:resnet10t": (64, 0.99, 4),
     "timm:mobileone_s0": (64, 0.95, 0),
 }
-EXPORTED = ("torchvision:shufflenet_v2_x0_5", "torchvision:regnet_y_400mf", "timm:convnext_atto", "timm:ghostnet_050")
+TRAINED = (
+    "torchvision:shufflenet_v2_x0_5",
+    "torchvision:regnet_y_400mf",
+    "timm:convnext_atto",
+    "timm:vit_tiny_patch16_224",
+)
+EXPORTED = ("torchvision:shufflenet_v2_x0_5", "torchvision:regnet_y_400mf", "timm:convnext_atto")
 
 
 def made(name, size):
@@ -91,3 +100,29 @@ def test_onnx_equals_cut_and_dead_branches_leave_no_op(name, randomized, tmp_pat
     if graph.branches:
         assert file.ops < whole.ops
         assert not {"ConstantOfShape", "Expand"} & set(file.op_types)  # no zeros are made
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_cut_network_trains_copies_traces_and_loads_again(name, disagreement):
+    size = ZOO[name][0]
+    model, inputs = made(name, size), images(size, torch.float32)
+    graph = trace(model, inputs)
+    plan = PrunePlan.from_mask(graph, random_mask(graph, 4, 0.3))
+    small = hard_prune(model, graph, plan)
+    assert type(small) is type(model)
+    assert set(small.state_dict()) <= set(model.state_dict())
+
+    small.train()
+    before = {key: value.clone() for key, value in small.state_dict().items()}
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
+    F.cross_entropy(small(inputs), torch.tensor([1, 2])).backward()
+    optimizer.step()
+    assert any(not torch.equal(value, before[key]) for key, value in small.state_dict().items())
+
+    fresh = hard_prune(made(name, size), graph, plan)
+    fresh.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        outputs = [network.eval()(inputs) for network in (small, copy.deepcopy(small), fresh)]
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    again = trace(small, inputs)
+    assert disagreement(small, again, random_mask(again, 5, 0.5), inputs) <= 1e-4

@@ -294,9 +294,15 @@ class _Numbering:
         for name, parameter in model.named_parameters():
             bound = indices.get(name, [])
             unit = int(np.prod([n for dim, n in enumerate(parameter.shape) if dim not in {s.dim for s in bound}]))
-            branch = next((number for path, number in homes if name.startswith(f"{path}.")), None)
+            home = next((number for path, number in homes if name.startswith(f"{path}.")), None)
+            branch = None if home is None or self._read_outside(name, home) else home
             tallies.append(Tally(name, unit, tuple(slot.index for slot in bound), branch))
         return tuple(tallies)
+
+    def _read_outside(self, name: str, branch: int) -> bool:
+        """Whether a tensor is shared with what stays when the branch goes."""
+        nodes = self._uses[branch].nodes
+        return any(name in names and node not in nodes for node, names in self._tracing.tensors_of.items())
 
     def _branches(self, groups: tuple[ChannelGroup, ...]) -> tuple[Branch, ...]:
         found = []

@@ -146,6 +146,17 @@ FOUND = {
         ("self.c = nn.Linear(8, 3)", "self.c(x1.mean((2, 3)))"),
         ("self.d = nn.Linear(320, 3)", "self.d(x3.flatten(1))"),
     ),
+    "one of several parts that are more than the channels in each": network(
+        "x2[1]",
+        ("self.a = nn.Conv2d(3, 8, 3, padding=1)", "self.a(x0)"),
+        ("", "torch.split(x1, 2, 1)"),
+    ),
+    "a norm's weight that a branch shares with what stays": network(
+        "x3",
+        ("self.a = nn.Conv2d(3, 12, 3, padding=1)", "self.a(x0)"),
+        ("self.b = BasicBlock(12, 4, pre=True)", "self.b(x1)"),
+        ("self.c = LayerNorm2d(12) ; self.c.weight = self.b.bn1.weight", "self.c(x2)"),
+    ),
     "two weights of the network's own": network(
         "x4",
         ("self.a = nn.Conv2d(3, 4, 1)", "self.a(x0)"),

@@ -75,7 +75,7 @@ def split(tracing: Tracing, node: Node) -> list[Ints | None]:
     if flow.size > flow.shape[dim]:
         pieces = [tracing.labels.merge(axis_first, 0)] * len(parts)
         return [tracing.labels.reduced(np.moveaxis(piece, 0, dim)) for piece in pieces]
-    tracing.grids.append(flow.reshape(len(parts), -1))
+    tracing.labels.merge(flow.reshape(len(parts), -1), 0)  # how many parts there are is the code's own: it stays
     path, _ = tracing.owner(node)
     for piece in pieces:
         if not isinstance(node.args[1], int) or node.args[1] == widths[0]:
@@ -150,7 +150,7 @@ def _border(tracing: Tracing, path: str, labels: Ints, border: int, dim: int) ->
     )
     if parts is None:
         raise Denied(f"takes channels up to {border}, a number written in the code; make it an attribute of the module")
-    tracing.grids.append(labels.reshape(parts, -1))
+    tracing.labels.merge(labels.reshape(parts, -1), 0)
 
 
 def attribute_of(module: torch.nn.Module, value: int, *, heads: bool = False) -> str | None:

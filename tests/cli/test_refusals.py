@@ -236,8 +236,8 @@ def test_data_that_are_not_there(refused, spec, word):
 def test_a_budget_below_the_smallest_network(refused, data):
     line = ("prune", "resnet20", "--data", data, "--device", "cpu", "--flops")
     assert "smallest connected network" in refused(5, *line, "0.0001")
-    # Free widths could meet it, steps of 16 cannot: that is known before anything is trained.
-    assert "--align 1" in refused(5, *line, "0.005", "--align", "16")
+    # Free widths could meet it, a least width cannot: that is known before anything is trained.
+    assert "smallest connected network" in refused(5, *line, "0.005", "--min-width", "16")
 
 
 @pytest.mark.parametrize("device", ["cuda:63", "meta", "toaster", ""])

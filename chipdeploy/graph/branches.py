@@ -124,7 +124,7 @@ def _constant(end: Node, dead: frozenset[Node]) -> tuple[Node | None, float]:
     """The last layer before a chain of activations, and what the chain makes of zero."""
     chain: list[Node] = []
     node = end
-    while node in dead and op_name(node) in UNARY:
+    while node in dead and op_name(node) in UNARY and len(node.all_input_nodes) == 1:
         chain.append(node)
         node = node.all_input_nodes[0]
     if node not in dead or op_name(node) not in LAYERS or len(node.users) != 1:

@@ -16,6 +16,7 @@ from chipdeploy.graph.channels import ChannelGraph, Mask
 from chipdeploy.graph.gating import Gating, gated_call
 from chipdeploy.graph.plan import PrunePlan
 from chipdeploy.graph.rules.base import Doubt, Tracing, nodes_of
+from chipdeploy.graph.settle import follow_attributes
 from chipdeploy.graph.surgery import hard_prune
 
 TOLERANCE = 1e-3  # of the largest output, in float32; a wrong cut is off by tens of percent
@@ -111,6 +112,8 @@ def repair(tracing: Tracing, failure: Failure, graph: ChannelGraph, banned: set[
         kind = type(tracing.model.get_submodule(path))
         if kind.__module__.startswith("torch.nn."):  # a layer that was given a wrong width by the module around it
             continue
+        if follow_attributes(tracing, kind):
+            return True
         # What fails in one block of a kind fails in all of them.
         alike = [name for name, module in tracing.model.named_modules() if type(module) is kind]
         for blamed in (_doubts(tracing, alike), _inputs(tracing, alike)):

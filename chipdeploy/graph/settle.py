@@ -102,21 +102,39 @@ def _slice_whole(tracing: Tracing) -> None:
             tracing.dims[name, axes[0]] = (reduced.reshape(-1), False)
 
 
-def _state_sizes(tracing: Tracing) -> None:
-    """A size in a reshape that is an attribute of its module follows the cut."""
+def follow_attributes(tracing: Tracing, kind: type) -> bool:
+    """From now on widths that are attributes of modules of this kind follow the cut; False where none would.
+
+    They do not before a trial has shown the need: `if self.dim != self.dim_out` takes another way when `dim` changes.
+    """
+    if kind in tracing.following:
+        return False
+    tracing.following.add(kind)
+    before = len(tracing.counts)
+    _state_sizes(tracing, kind)
+    _pin_contradictions(tracing)
+    return len(tracing.counts) > before
+
+
+def _state_sizes(tracing: Tracing, kind: type | None = None) -> None:
+    """Count what attributes state: ends of slices and numbers of heads, or all widths in modules of one kind."""
     for use in tracing.sizes:
+        module = tracing.model.get_submodule(use.path)
         labels = tracing.labels.reduced(use.labels)
-        if labels.shape[use.axis] == 1:
+        if labels.shape[use.axis] == 1 or kind not in (None, type(module)):
             continue
         if labels.size > labels.shape[use.axis]:
             tracing.labels.pin(labels, f"reshaped in {use.path} to channels along several dimensions")
             continue
-        module = tracing.model.get_submodule(use.path)
         if type(module) in FOLLOWING:  # its widths follow by `graph/multihead.py`
             continue
         name = attribute_of(module, use.size, heads=use.axis < labels.ndim - 1)
-        if name is not None:
+        if name is not None and (kind is not None or use.sure or _counts_heads(name)):
             tracing.count(use.path, name, labels.reshape(-1))
+
+
+def _counts_heads(name: str) -> bool:
+    return "head" in name and "dim" not in name
 
 
 def _pin_contradictions(tracing: Tracing) -> None:

@@ -74,6 +74,7 @@ class SizeUse:
     labels: Ints
     axis: int
     size: int
+    sure: bool = False  # a slice's end: an attribute of this value is what ends it
 
 
 @dataclass
@@ -102,6 +103,7 @@ class Tracing:
     grids: list[Ints] = field(default_factory=list)  # dimensions split in several: what is left must be a grid
     sizes: list[SizeUse] = field(default_factory=list)
     doubts: list[Doubt] = field(default_factory=list)
+    following: set[type] = field(default_factory=set)  # modules whose widths are attributes, as a trial has shown
     scales: list[tuple[str, Ints, int]] = field(default_factory=list)  # path, labels, axis whose size may be a factor
     living: dict[str, Ints] = field(default_factory=dict)  # weights of norms over channels ▶ labels
     _owners: dict[Node, tuple[str, nn.Module]] = field(default_factory=dict)

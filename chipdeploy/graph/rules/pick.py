@@ -143,7 +143,7 @@ def _border(tracing: Tracing, path: str, labels: Ints, border: int, dim: int) ->
     """Where a slice ends: an attribute that follows the cut, or a fraction, whose parts must stay equal."""
     module = tracing.model.get_submodule(path)
     if attribute_of(module, border) is not None:
-        tracing.sizes.append(SizeUse(path, labels[:border], 0, border))
+        tracing.sizes.append(SizeUse(path, labels[:border], 0, border, sure=True))
         return
     parts = next(
         (n for n in range(2, MOST_PARTS + 1) if len(labels) % n == 0 and border % (len(labels) // n) == 0), None

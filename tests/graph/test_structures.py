@@ -334,3 +334,29 @@ def test_awkward_structures_are_cut_exactly(case, randomized, random_mask, extre
                 assert (program.module()(images) - expected).abs().max() <= 1e-9 * expected.abs().max()
     with torch.no_grad():
         assert torch.equal(model(images.clone()), before)
+
+
+class Steered(nn.Module):
+    """Its attribute `dim` states a width that the forward takes from the shape, and decides which way it goes."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.dim = self.dim_out = width
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, x):
+        count, channels, height, width = x.shape
+        flat = x.reshape(count, channels, height * width).transpose(1, 2)
+        flat = flat if self.dim == self.dim_out else -flat
+        return self.mix(flat).transpose(1, 2).unflatten(2, (height, width))
+
+
+def test_an_attribute_that_steers_the_forward_stays(randomized, random_mask, disagreement):
+    torch.manual_seed(0)
+    model = randomized(Net(lambda net, x: net.s(x), s=Steered(8)))
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    graph = trace(model, images)
+    assert [(group.name, group.size) for group in graph.groups] == [("stem.0", 8), ("s.mix", 8)]
+    mask = random_mask(graph, 1)
+    assert disagreement(model, graph, mask, images) <= 1e-9
+    assert hard_prune(model, graph, PrunePlan.from_mask(graph, mask)).s.dim == 8

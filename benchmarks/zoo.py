@@ -61,6 +61,7 @@ def main() -> None:
         time.sleep(0.2)
         for job in [job for job in running if job.ended(options)]:
             running.remove(job)
+            store = _opened(options.out)  # another process may have written other rows
             _keep(store, job)
             write_json(options.out, store)
             print(job.line(), flush=True)

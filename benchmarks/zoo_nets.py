@@ -175,13 +175,13 @@ def images(size: int, count: int = 2, dtype: torch.dtype = torch.float32) -> Ten
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def randomize(model: nn.Module, gain: float) -> None:
+def randomize(model: nn.Module, gain: float, seed: int = 0) -> None:
     """Weights of which nothing is zero, small or alike, in place: what a cut does wrong must show in the output.
 
     Weights of layers get a standard deviation of gain / √fan_in. Biases, norms' affines, layer scales and gains are
     0.3 ± 0.5, statistics of norms random, tables of positions and tokens ± 0.5.
     """
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(seed)
     seen: set[int] = set()
     with torch.no_grad():
         for module in model.modules():

@@ -33,6 +33,7 @@ HEARD = 1e-6  # what the gates of every group must move the output by, over the 
 EPSILON = 2.0**-53
 FAULT = 1e-6  # no rounding excuses more
 LOUD = 1e-4  # where no other weights are tried
+COUNT = 3  # images of a comparison: another batch than the one that is traced, or code that takes it apart would pass
 PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 
 
@@ -59,19 +60,20 @@ def _check(net: Net, row: Row, save: Save, files: bool) -> None:
         row["step"] = name
         save(row)
 
+    row["images"] = COUNT
     if net.replica:
         step("shapes of the whole network")
         whole = build_on_meta(net)
         graph = _traced(whole, images(net.image).to("meta"), row)
-        _shapes_only(whole, graph, images(net.image).to("meta"))
+        _shapes_only(whole, graph, images(net.image, COUNT).to("meta"))
         row["replica"] = net.replica
     step("trace")
     model = build(net, replica=bool(net.replica))
     size = net.replica.get("image", net.image)
     graph = _traced(model, images(size), {} if net.replica else row)
+    inputs = images(size, COUNT, torch.float64)
     step("weights")
     model.double()
-    inputs = images(size, dtype=torch.float64)
     _settle_weights(model, graph, inputs, row)
     step("cuts in float64")
     _cuts(model, graph, inputs, row, step)

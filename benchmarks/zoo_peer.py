@@ -196,7 +196,7 @@ def _recorded(dims: list[int]) -> Iterator[None]:
 @contextmanager
 def _over_living(living: dict[int, Tensor], dims: list[int]) -> Iterator[None]:
     """Norms over living channels only, and attention scaled by the widths of heads in `dims`, in order of the calls."""
-    norm, attend, widths = F.layer_norm, F.scaled_dot_product_attention, iter(dims)
+    norm, rms, attend, widths = F.layer_norm, F.rms_norm, F.scaled_dot_product_attention, iter(dims)
 
     def layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
         keep = living.get(id(weight))
@@ -205,13 +205,23 @@ def _over_living(living: dict[int, Tensor], dims: list[int]) -> Iterator[None]:
         some = norm(x[..., keep], [len(keep)], weight[keep], None if bias is None else bias[keep], eps)
         return torch.zeros_like(x).index_copy(-1, keep, some)
 
+    def rms_norm(x: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
+        keep = living.get(id(weight))
+        if keep is None:
+            return rms(x, shape, weight, eps)
+        return torch.zeros_like(x).index_copy(-1, keep, rms(x[..., keep], [len(keep)], weight[keep], eps))
+
     def attention(query: Tensor, *args: Any, **options: Any) -> Tensor:
         width = next(widths, query.shape[-1])
         if options.get("scale") is None:
             options["scale"] = width**-0.5
         return attend(query, *args, **options)
 
-    with _replaced("layer_norm", layer_norm), _replaced("scaled_dot_product_attention", attention):
+    with (
+        _replaced("layer_norm", layer_norm),
+        _replaced("rms_norm", rms_norm),
+        _replaced("scaled_dot_product_attention", attention),
+    ):
         yield
 
 

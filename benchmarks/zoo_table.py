@@ -50,14 +50,17 @@ Every network has 10 classes and random weights in which no norm, bias, gain or 
 library builds it, then cut by up to six plans: all channels, random widths, random widths with a third and with all of
 the removable branches gone, one channel a group, and the smallest cut that is legal. Each cut network is compared with
 the gated one in float64; the error is the largest difference over the largest output, and *pass* means at most 1e-9
-for all plans. A test that could not fail says nothing, so the gates of every group must be heard in the output. Giants
-are cut and run by shapes alone, and computed on a narrow replica with all of their blocks. For ONNX, half of each group
-is kept, every second branch goes, and ONNX Runtime is compared with PyTorch. *Can go* is the share that the smallest
-legal cut saves: how much is in reach, not how much is wise. Seconds are of one thread.
+for all plans (or ten times what one rounding after every layer does to the output, where that is more: listed below).
+A test that could not fail says nothing, so the gates of every group must be heard in the output. Networks are traced
+with two images and compared with three. Giants are cut and run by shapes alone, and computed on a narrow replica with
+all of their blocks. For ONNX, half of each group is kept, every second branch goes, and ONNX Runtime is compared with
+PyTorch. *Can go* is the share that the smallest legal cut saves: how much is in reach, not how much is wise. Seconds
+are of one thread.
 
 Torch-Pruning removes 30 % of the channels of the same network with the same weights, as its own examples do it; the
-result is compared with the dense network in which all that it removed is zero. ¹ equal only where norms and attention
-scales of the masked network see the living channels alone, as ours do."""
+result is compared with the dense network in which all that it removed is zero. ¹ equal only where layer norms, RMS
+norms and attention scales of the masked network see the living channels alone, as ours do. *Wrong* may also mean that
+the network's own code takes statistics over channels, of which there are fewer now."""
 RUNS = ("equal", "equal-living", "wrong", "unpruned", "untold")
 
 
@@ -85,6 +88,9 @@ def _summary(source: str, rows: list[Row]) -> str:
     passed = [row for row in ours if row["status"] == "pass"]
     found = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     lines = [f"**{source}**, {len(ours)} networks: {found}"]
+    older = sum(row.get("images", 2) == 2 for row in ours)
+    if older:
+        lines.append(f"- **{older} of these rows are older: compared with two images, not with three**")
     if passed:
         lines.append(
             f"- worst error of those that pass: {max(row['float64_error'] for row in passed):.1e} in float64, "
@@ -129,7 +135,15 @@ def _seconds(rows: list[Row]) -> str:
 
 def _refusals(rows: list[Row]) -> str:
     kept = [(row, row["chipdeploy"]) for row in rows if row.get("chipdeploy", {}).get("status", "pass") != "pass"]
-    return "\n".join(f"- `{row['source']}:{row['name']}`, {ours['status']}: {ours['reason']}" for row, ours in kept)
+    lines = [f"- `{row['source']}:{row['name']}`, {ours['status']}: {ours['reason']}" for row, ours in kept]
+    for row in rows:
+        ours = row.get("chipdeploy", {})
+        if ours.get("status") == "pass" and ours.get("rounding"):
+            lines.append(
+                f"- `{row['source']}:{row['name']}`, pass: {ours['float64_error']:.1e} off ({ours['worst_plan']}), "
+                f"where rounding alone moves the output by {ours['rounding']:.1e}"
+            )
+    return "\n".join(lines)
 
 
 def _pins(rows: list[Row]) -> str:

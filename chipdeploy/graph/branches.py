@@ -203,10 +203,12 @@ def _tail(tracing: Tracing, end: Node, dead: frozenset[Node]) -> tuple[tuple[str
     if op_name(node) not in LAYERS or node not in dead or len(node.users) != 1:
         return None
     bias = argument(node, 2, "bias")
-    if bias is not None and not affine:
-        if not tracing.is_tensor(bias):
+    if not affine:
+        # Its weight, too: beside the empty inside, something living may enter (values under talking heads).
+        own = [tensor for tensor in (node.args[1], bias) if tensor is not None]
+        if not all(tracing.is_parameter(tensor) for tensor in own):
             return None
-        affine = (tracing.tensor_name(bias),)
+        affine = tuple(tracing.tensor_name(tensor) for tensor in own)
     elsewhere = {name for user, names in tracing.tensors_of.items() if user not in dead for name in names}
     return None if elsewhere & set(affine) else (affine, node)
 

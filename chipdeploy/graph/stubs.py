@@ -27,8 +27,13 @@ class NoChannels(nn.Module):
 class Still(nn.Module):
     """A module whose whole inside was cut, and whose output has its input's shape: zeros. The export drops the sum."""
 
-    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
-        return torch.zeros_like(x)
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.paired = isinstance(module, nn.MultiheadAttention)  # which returns its weights, or None, as well
+
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor | tuple[Tensor, None]:
+        zeros = torch.zeros_like(x)
+        return (zeros, None) if self.paired else zeros
 
 
 class Zeros(nn.Module):

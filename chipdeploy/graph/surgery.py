@@ -71,7 +71,7 @@ def _stub(module: nn.Module, kind: str) -> nn.Module:
     if kind == "pass":
         return nn.Identity()
     if kind == "still":
-        return Still()
+        return Still(module)
     if kind in ("none", "one"):
         return NoChannels(module, 0 if kind == "none" else 1)
     channels = getattr(module, "out_channels", None)

@@ -273,6 +273,16 @@ CASES = {
         lambda: Net(lambda net, x: net.c(net.s(x)) + x, s=Squeeze(8, 4, nn.Tanh()), c=plain(8, 8)),
         0,
     ),
+    "an empty gate beside living values": (
+        lambda: Net(
+            lambda net, x: x + net.p(net.w(torch.sigmoid(net.a(x))) * net.v(x) + net.v(x) * 0.5),
+            a=plain(8, 4),
+            w=plain(4, 8),
+            v=plain(8, 8),
+            p=plain(8, 8),
+        ),
+        1,
+    ),
     "heads of a width of their own": (
         lambda: Net(tokens_and_back, norm=nn.LayerNorm(8), attention=Attention(8, 4, own=True)),
         1,

@@ -172,6 +172,10 @@ def test_torchs_own_attention_loses_heads_and_stream(batch_first, randomized):
         small.need_weights = True
         assert torch.allclose(small(tokens), expected, rtol=1e-12, atol=1e-12)
     small.need_weights = False
+    gone = hard_prune(model, graph, PrunePlan({"attention.in_proj_weight": ()}))
+    for count in (1, 2, 3):  # two would be unpacked by chance
+        without = model.head(model.embed(tokens[:1].repeat(count, 1, 1)).mean(1))
+        assert torch.equal(gone(tokens[:1].repeat(count, 1, 1)), without)
     again = trace(small, tokens)
     assert again.sizes.tolist() == [5, 2]
     attention = hard_prune(small, again, PrunePlan({"attention.in_proj_weight": (1,)})).attention

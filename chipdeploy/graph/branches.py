@@ -37,8 +37,21 @@ PADS = frozenset({"pad", "constant_pad_nd"})
 STUBBED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.modules.batchnorm._BatchNorm)
 LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 NORMS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"})
-SIZED = frozenset({"view", "reshape", "unflatten", "expand", "split", "chunk", "unbind", "select", "matmul"})
-ATTENTION = frozenset({"scaled_dot_product_attention"})
+# With these, a forward states sizes: stubs of single layers would give it tensors that it cannot take.
+SIZED = frozenset(
+    [
+        "view",
+        "reshape",
+        "unflatten",
+        "expand",
+        "split",
+        "chunk",
+        "unbind",
+        "select",
+        "matmul",
+        "scaled_dot_product_attention",
+    ]
+)
 PRODUCTS = frozenset({"matmul", "mm", "bmm", "einsum", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 MOVES = frozenset(
     ["permute", "transpose", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "roll", "slice"]
@@ -163,7 +176,7 @@ def _describe(tracing: Tracing, end: Node, dead: frozenset[Node]) -> BranchUse |
         return None
     affine, last = tail
     stubs = None
-    if last is not None and any(op_name(node) in SIZED | ATTENTION for node in dead):
+    if last is not None and any(op_name(node) in SIZED for node in dead):
         stubs = _still(tracing, dead, last)
     if stubs is None:
         stubs = _stubs(tracing, dead, inside, end, last)

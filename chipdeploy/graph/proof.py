@@ -224,6 +224,7 @@ def _run(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[object, tuple[st
 
 
 def _pop(stack: list[str]) -> None:
+    """Returns nothing: what a forward hook returns replaces the output."""
     stack.pop()
 
 

@@ -40,7 +40,7 @@ MOST_TRIALS = 24  # repairs after which a model that cannot follow its cuts is r
 def trace(model: nn.Module, example: Example, *, exclude: Sequence[str] = ()) -> ChannelGraph:
     """The channel graph of `model` for inputs shaped like `example`: images [N, C, H, W], or a tuple of all its inputs.
 
-    The model is analysed in eval mode and handed back as it was. What the rules accept is cut twice at random and
+    The model is analysed in eval mode and handed back as it was. What the rules accept is cut by several plans and
     compared with its gated self; code that cannot follow a cut keeps its channels.
 
     Args:

@@ -15,10 +15,8 @@ FEW_GROUPS = 4  # up to here a grouped convolution is cut inside its groups, bey
 @rule("conv1d", "conv2d", "conv3d")
 def convolution(tracing: Tracing, node: Node) -> Ints:
     """Dense: new output labels, the weight reads [out, in]. Grouped: whole groups, or the same channels of each."""
-    images, weight = node.args[:2]
-    assert isinstance(images, Node) and isinstance(weight, Node)
+    images, weight, groups = _operands(node)
     inputs = tracing.channels(images, 1)
-    groups = int(argument(node, 6, "groups", 1))  # type: ignore[call-overload]
     out_channels, in_per_group, *kernel = shape(weight)
     refusal = _refusal(tracing, node, groups)
     if refusal is not None:
@@ -44,10 +42,8 @@ def convolution(tracing: Tracing, node: Node) -> Ints:
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def transposed_convolution(tracing: Tracing, node: Node) -> Ints:
     """The weight is [in, out / groups, ...]; every input element is multiplied k·k times."""
-    images, weight = node.args[:2]
-    assert isinstance(images, Node) and isinstance(weight, Node)
+    images, weight, groups = _operands(node)
     inputs = tracing.channels(images, 1)
-    groups = int(argument(node, 6, "groups", 1))  # type: ignore[call-overload]
     in_channels, out_per_group, *kernel = shape(weight)
     refusal = _refusal(tracing, node, groups)
     if refusal is not None:
@@ -67,6 +63,14 @@ def transposed_convolution(tracing: Tracing, node: Node) -> Ints:
     size = float(np.prod(kernel)) * share * (1 if len(reads) else in_channels // groups)
     _use(tracing, node, weight, outputs, reads, size)
     return _along(outputs, 1, len(shape(node)))
+
+
+def _operands(node: Node) -> tuple[Node, Node, int]:
+    """Input, weight and number of groups, the seventh argument of plain and transposed convolutions alike."""
+    images, weight = node.args[:2]
+    groups = argument(node, 6, "groups", 1)
+    assert isinstance(images, Node) and isinstance(weight, Node) and isinstance(groups, int)
+    return images, weight, groups
 
 
 def _refusal(tracing: Tracing, node: Node, groups: int) -> str | None:

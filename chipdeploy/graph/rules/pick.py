@@ -134,12 +134,12 @@ def take(tracing: Tracing, node: Node) -> Ints | None:
     path, _ = tracing.owner(node)
     labels = flow.reshape(-1)
     for border in {start, start + length} - {0, size}:
-        _border(tracing, path, labels, border, dim)
+        _border(tracing, path, labels, border)
     tracing.doubts.append(Doubt(path, flow))
     return labels[start : start + length].reshape([-1 if axis == dim else 1 for axis in range(flow.ndim)])
 
 
-def _border(tracing: Tracing, path: str, labels: Ints, border: int, dim: int) -> None:
+def _border(tracing: Tracing, path: str, labels: Ints, border: int) -> None:
     """Where a slice ends: an attribute that follows the cut, or a fraction, whose parts must stay equal."""
     module = tracing.model.get_submodule(path)
     if attribute_of(module, border) is not None:
@@ -164,7 +164,7 @@ def attribute_of(module: torch.nn.Module, value: int, *, heads: bool = False) ->
     return heads_first[0] if heads_first else None
 
 
-CHANNEL_WORDS = ("head", "channel", "feature", "dim", "chs", "width", "planes", "hidden", "groups", "size_all")
+CHANNEL_WORDS = ("head", "channel", "feature", "dim", "chs", "width", "planes", "hidden", "groups")
 SHORT = frozenset({"c", "ch", "h", "d", "e", "n", "inner", "oup", "inp", "n_feat"})
 
 

@@ -21,11 +21,11 @@ from chipdeploy.graph.surgery import hard_prune
 from chipdeploy.graph.trace import trace
 from chipdeploy.training.models import build_model
 
-# name: (image size, share of the MACs that can go, removable branches)
+# name: (image size, share of the MACs that can go, removable blocks and the squeeze-excite modules outside of them)
 ZOO = {
     "torchvision:shufflenet_v2_x0_5": (64, 0.97, 0),
-    "torchvision:mobilenet_v3_small": (64, 0.98, 6),
-    "torchvision:efficientnet_b0": (64, 0.99, 9),
+    "torchvision:mobilenet_v3_small": (64, 0.98, 10),
+    "torchvision:efficientnet_b0": (64, 0.99, 16),
     "torchvision:regnet_y_400mf": (64, 0.99, 16),
     "torchvision:resnext50_32x4d": (64, 0.99, 16),
     "torchvision:convnext_tiny": (64, 0.99, 18),
@@ -35,12 +35,12 @@ ZOO = {
     "torchvision:mnasnet0_5": (64, 0.99, 10),
     "timm:vit_tiny_patch16_224": (224, 0.99, 24),
     "timm:convnext_atto": (64, 0.99, 12),
-    "timm:ghostnet_050": (64, 0.95, 0),
+    "timm:ghostnet_050": (64, 0.95, 7),
     "timm:repvgg_a0": (64, 0.99, 0),
     "timm:cs3darknet_focus_s": (64, 0.95, 9),
     "timm:dla46_c": (64, 0.98, 12),
     "timm:efficientformer_l1": (224, 0.95, 15),
-    "timm:lcnet_050": (64, 0.98, 0),
+    "timm:lcnet_050": (64, 0.98, 2),
     "timm:resnet10t": (64, 0.99, 4),
     "timm:mobileone_s0": (64, 0.95, 0),
 }

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from chipdeploy.latency.measure import environment
+from chipdeploy.latency.environment import environment
 from chipdeploy.pipeline import load
 from chipdeploy.run import read_json, write_json
 from chipdeploy.training.models import build_model

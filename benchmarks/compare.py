@@ -35,7 +35,8 @@ from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.plan import PrunePlan, group_widths
 from chipdeploy.graph.surgery import hard_prune
 from chipdeploy.graph.trace import trace
-from chipdeploy.latency.measure import compare, environment
+from chipdeploy.latency.environment import environment
+from chipdeploy.latency.measure import compare
 from chipdeploy.pipeline import Job, load, prepare, prune, train_dense
 from chipdeploy.run import Run, write_json
 from chipdeploy.training.loop import Silent, evaluate, renew_norms, train_epoch

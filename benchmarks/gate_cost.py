@@ -29,7 +29,7 @@ from chipdeploy.chipnet.soft import Budget, ChipNet
 from chipdeploy.graph.plan import PrunePlan
 from chipdeploy.graph.surgery import hard_prune
 from chipdeploy.graph.trace import trace
-from chipdeploy.latency.measure import environment
+from chipdeploy.latency.environment import environment
 from chipdeploy.run import write_json
 from chipdeploy.training.loop import autocast
 from chipdeploy.training.models import build_model

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from chipdeploy.latency.measure import environment
+from chipdeploy.latency.environment import environment
 from chipdeploy.run import read_json, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "invariants"))

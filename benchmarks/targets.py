@@ -36,8 +36,9 @@ from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.plan import PrunePlan, group_widths
 from chipdeploy.graph.surgery import hard_prune
 from chipdeploy.graph.trace import trace
+from chipdeploy.latency.environment import environment
 from chipdeploy.latency.gpu import GpuWatch
-from chipdeploy.latency.measure import Comparison, compare, environment
+from chipdeploy.latency.measure import Comparison, compare
 from chipdeploy.run import write_json
 from chipdeploy.training.models import build_model
 

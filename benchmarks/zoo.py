@@ -34,7 +34,7 @@ from zoo_nets import SOURCES, Net, read_list
 from zoo_table import write_table
 
 from chipdeploy.files import atomic
-from chipdeploy.latency.measure import environment
+from chipdeploy.latency.environment import environment
 from chipdeploy.run import write_json
 
 RESULTS = Path(__file__).with_name("results") / "zoo.json"

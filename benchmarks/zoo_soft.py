@@ -25,7 +25,7 @@ from chipdeploy.chipnet.soft import Budget, ChipNet
 from chipdeploy.export.onnx import export_onnx
 from chipdeploy.export.verify import verify_onnx
 from chipdeploy.graph.surgery import hard_prune
-from chipdeploy.latency.measure import environment
+from chipdeploy.latency.environment import environment
 from chipdeploy.run import write_json
 from chipdeploy.training.data import load_data
 from chipdeploy.training.models import build_model

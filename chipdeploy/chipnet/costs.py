@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -90,6 +90,29 @@ def _branch(branch: int | None) -> int:
     return CONSTANT if branch is None else branch
 
 
+class Cost(Protocol):
+    """What a projection limits: a sum of terms over group widths n, int64 [G]."""
+
+    @property
+    def dense(self) -> float:
+        """The cost of the whole network."""
+
+    def count(self, widths: Ints) -> float:
+        """The cost at widths [G]."""
+
+    def counts(self, widths: Ints) -> Floats:
+        """The costs of many width vectors [K, G] ▶ [K]."""
+
+    def touching(self, groups: tuple[int, ...]) -> Ints:
+        """Numbers of the terms that depend on any of the groups."""
+
+    def partial(self, widths: Ints, terms: Ints) -> Floats:
+        """The sums of some terms, [K, G] ▶ [K]."""
+
+    def soft(self, device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]:
+        """The share of the dense cost at soft widths [G] and soft presence of the branches [B], differentiable."""
+
+
 @dataclass(frozen=True, eq=False)
 class CostModel:
     """cost(n) = Σ coefficient · n_i · n_j · alive_b over the terms; n are group widths."""
@@ -138,12 +161,27 @@ class CostModel:
 
     def counts(self, widths: Ints) -> Floats:
         """The costs of many width vectors [K, G] ▶ [K]."""
+        return self.partial(widths, np.arange(len(self.coefficients)))
+
+    def touching(self, groups: tuple[int, ...]) -> Ints:
+        """Numbers of the terms in which any of the groups, or a branch of theirs, occurs."""
+        branches = [b for b, members in enumerate(self.branch_groups) if set(members) & set(groups)]
+        involved = np.isin(self.first, groups) | np.isin(self.second, groups) | np.isin(self.branch, branches)
+        return np.flatnonzero(involved)
+
+    def partial(self, widths: Ints, terms: Ints) -> Floats:
+        """The sums of some terms, [K, G] ▶ [K]."""
         extended = np.concatenate([widths, np.ones((len(widths), 1), dtype=np.int64)], axis=1).astype(np.float64)
         alive = np.ones((len(widths), len(self.branch_groups) + 1))
-        for number, groups in enumerate(self.branch_groups):
-            alive[:, number] = (widths[:, list(groups)] > 0).any(axis=1)
-        terms = extended[:, self.first] * extended[:, self.second] * alive[:, self.branch]
-        return np.asarray(terms @ self.coefficients, dtype=np.float64)
+        for number in np.unique(self.branch[terms]).tolist():
+            if number < len(self.branch_groups):
+                alive[:, number] = (widths[:, list(self.branch_groups[number])] > 0).any(axis=1)
+        parts = extended[:, self.first[terms]] * extended[:, self.second[terms]] * alive[:, self.branch[terms]]
+        return np.asarray(parts @ self.coefficients[terms], dtype=np.float64)
+
+    def soft(self, device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]:
+        """V in [0, 1] of soft widths [G] and soft presence of the branches [B]."""
+        return SoftCost(self, device)
 
 
 class SoftCost:

@@ -15,7 +15,7 @@ from math import gcd
 
 import numpy as np
 
-from chipdeploy.chipnet.costs import CostModel, Floats
+from chipdeploy.chipnet.costs import Cost, Floats
 from chipdeploy.errors import BudgetError, UsageError
 from chipdeploy.graph.channels import ChannelGraph, Mask
 from chipdeploy.graph.labels import Ints
@@ -46,7 +46,7 @@ class Projector:
     """
 
     def __init__(
-        self, graph: ChannelGraph, cost: CostModel, align: int = 16, *, min_width: int = 1, blocks: bool = False
+        self, graph: ChannelGraph, cost: Cost, align: int = 16, *, min_width: int = 1, blocks: bool = False
     ) -> None:
         if align < 1:
             raise UsageError(f"the alignment must be 1 or more, got {align}; 1 gives free widths")
@@ -55,7 +55,6 @@ class Projector:
         self._blocks = blocks
         self._low = _least(graph, graph.sizes.max() * min_width if blocks else min_width)
         self.graph, self.cost = graph, cost
-        self._coefficients = cost.coefficients / cost.dense
         self._units = np.array([gcd(g.size, max(1, align // g.unit)) for g in graph.groups], dtype=np.int64)
         self._strict = align > 1
         self._items = self._make_items(self._units)
@@ -70,6 +69,10 @@ class Projector:
     def smallest(self) -> float:
         """The least share of the cost that any legal plan keeps."""
         return self.cost.count(self.smallest_widths) / self.cost.dense
+
+    def choices(self) -> list[tuple[tuple[int, ...], Ints]]:
+        """Groups that are chosen together, and the widths among which they choose, [K, groups], the narrowest first."""
+        return [(item.groups, item.choices) for item in self._items]
 
     def check(self, keep: float) -> None:
         """Raises BudgetError where no connected network is as cheap as keep · dense."""
@@ -109,7 +112,7 @@ class Projector:
         inside = {group for branch in self.graph.branches for group in branch.groups}
         tuples = [branch.groups for branch in self.graph.branches]
         tuples += [(group,) for group in range(len(self.graph.groups)) if group not in inside]
-        return [Item(groups, self._choices(groups, units), self._terms(groups)) for groups in sorted(tuples)]
+        return [Item(groups, self._choices(groups, units), self.cost.touching(groups)) for groups in sorted(tuples)]
 
     def _choices(self, groups: tuple[int, ...], units: Ints) -> Ints:
         limit = int(MAX_CHOICES ** (1 / len(groups)))
@@ -134,15 +137,10 @@ class Projector:
         found = self.graph.groups[group]
         return found.may_vanish and not (self._blocks and found.branch is None)
 
-    def _terms(self, groups: tuple[int, ...]) -> Ints:
-        cost = self.cost
-        branches = [b for b, members in enumerate(cost.branch_groups) if set(members) & set(groups)]
-        involved = np.isin(cost.first, groups) | np.isin(cost.second, groups) | np.isin(cost.branch, branches)
-        return np.flatnonzero(involved)
-
     def _split(self) -> tuple[list[int], list[int]]:
         """A greedy vertex cover of the items' interactions, and the items that are left."""
-        touching = np.zeros((len(self._items), len(self.cost.coefficients)), dtype=np.bool_)
+        count = 1 + max((int(item.terms.max(initial=0)) for item in self._items), default=0)
+        touching = np.zeros((len(self._items), count), dtype=np.bool_)
         for number, item in enumerate(self._items):
             touching[number, item.terms] = True
         meet = touching.astype(np.int64) @ touching.T.astype(np.int64)
@@ -181,15 +179,9 @@ class _Search:
 
     def _item_costs(self, item: Item, widths: Ints) -> Floats:
         """Share of the dense cost that the item's terms take at each of its choices, all else as in `widths`."""
-        cost, terms = self._p.cost, item.terms
-        table = np.repeat(np.append(widths, 1)[None].astype(np.float64), len(item.choices), axis=0)
+        table = np.repeat(widths[None], len(item.choices), axis=0)
         table[:, list(item.groups)] = item.choices
-        alive = np.ones((len(item.choices), len(cost.branch_groups) + 1))
-        for number in np.unique(cost.branch[terms]).tolist():
-            if number < len(cost.branch_groups):
-                alive[:, number] = (table[:, list(cost.branch_groups[number])] > 0).any(axis=1)
-        parts = table[:, cost.first[terms]] * table[:, cost.second[terms]] * alive[:, cost.branch[terms]]
-        return np.asarray(parts @ self._p._coefficients[terms], dtype=np.float64)
+        return self._p.cost.partial(table, item.terms) / self._p.cost.dense
 
     def _ascend(self) -> Ints:
         """Coordinate ascent on value − λ · cost, λ bisected until the budget holds."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp
 from typing import Any
@@ -12,23 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chipdeploy.chipnet.costs import BUDGETS, CostModel, SoftCost
+from chipdeploy.chipnet.costs import BUDGETS, Cost, CostModel
 from chipdeploy.chipnet.gates import crisp_share, crispness, half_point, heaviside, logistic, rounding
 from chipdeploy.chipnet.project import Projector
 from chipdeploy.chipnet.schedule import Schedule
 from chipdeploy.errors import UsageError
-from chipdeploy.graph.channels import Mask
+from chipdeploy.graph.channels import ChannelGraph, Mask
 from chipdeploy.graph.gating import Gating, gated_call
 from chipdeploy.graph.labels import Ints
 from chipdeploy.graph.plan import PrunePlan, group_widths
 from chipdeploy.graph.trace import Example, trace
 
+LATENCY = "latency"
 MARGIN = 3.0  # distance, in logits, of a wholly kept or wholly cut group from its gates' centre
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What stays: a share of one cost, e.g. Budget("flops", 0.3).
+    """What stays: a share of one cost, e.g. Budget("flops", 0.3), or of the measured time: Budget("latency", 0.5).
 
     Raises:
         UsageError: an unknown kind, or a share outside (0, 1).
@@ -38,8 +39,8 @@ class Budget:
     keep: float
 
     def __post_init__(self) -> None:
-        if self.kind not in BUDGETS:
-            raise UsageError(f"unknown budget {self.kind!r}; use one of {', '.join(BUDGETS)}")
+        if self.kind not in (*BUDGETS, LATENCY):
+            raise UsageError(f"unknown budget {self.kind!r}; use one of {', '.join((*BUDGETS, LATENCY))}")
         if not isinstance(self.keep, int | float) or not 0.0 < self.keep < 1.0:
             raise UsageError(
                 f"the {self.kind} budget is the share that stays, between 0 and 1, got {self.keep}; try 0.3"
@@ -47,8 +48,8 @@ class Budget:
 
     @property
     def cost(self) -> str:
-        """The cost that is limited, a name in COSTS."""
-        return BUDGETS[self.kind]
+        """The cost that is limited, a name in COSTS, or `latency`."""
+        return BUDGETS.get(self.kind, self.kind)
 
 
 class ChipNet(nn.Module):
@@ -60,7 +61,11 @@ class ChipNet(nn.Module):
 
     The user's optimizer trains `model`; the logits ψ are moved by `step`. The model's own tensors stay unscaled.
 
+    Args:
+        cost: makes the cost of a latency budget from the channel graph: `LatencyProfile.load(path).cost`.
+
     Raises:
+        UsageError: a latency budget without `cost`.
         ModelError: the model cannot be traced, has nothing to prune, or its cut would not equal its gated self.
         BudgetError: the budget is below the smallest connected network.
     """
@@ -83,19 +88,22 @@ class ChipNet(nn.Module):
         min_width: int = 1,
         blocks: bool = False,
         schedule: Schedule | None = None,
+        cost: Callable[[ChannelGraph], Cost] | None = None,
     ) -> None:
         super().__init__()
+        if budget.kind == LATENCY and cost is None:
+            raise UsageError("a latency budget needs a measured profile; give cost=LatencyProfile.load(path).cost")
         if steps < 1:
             raise UsageError(f"steps must be the number of training steps to come, 1 or more, got {steps}")
         self.model, self.budget = model, budget
         self.schedule = schedule or Schedule()
         self.graph = trace(model, example, exclude=exclude)
-        self.cost = CostModel.of(self.graph, budget.cost)
+        self.cost: Cost = cost(self.graph) if cost else CostModel.of(self.graph, budget.cost)
         self.projector = Projector(self.graph, self.cost, align, min_width=min_width, blocks=blocks)
         self.projector.check(budget.keep)
         device = (example[0] if isinstance(example, tuple) else example).device
         self._gating = Gating(self.graph, device)
-        self._soft_cost = SoftCost(self.cost, device)
+        self._soft_cost = self.cost.soft(device)
         self._steps, self._step = steps, 0
         count = self.graph.channels
         generator = torch.Generator().manual_seed(0)
@@ -184,16 +192,18 @@ class ChipNet(nn.Module):
         mask = self._planned.cpu().numpy() if self._settled else self._mask(self.budget.keep)
         return PrunePlan.from_mask(self.graph, mask)
 
-    def folded(self) -> nn.Module:
+    def folded(self, plan: PrunePlan | None = None) -> nn.Module:
         """A copy of the model with the gates of the channels that the plan keeps multiplied into its weights.
 
-        It is made to be cut by `plan`: nothing is lost then but what the closed gates let through. Before the cut the
+        It is made to be cut by `plan`, by default this network's own: nothing is lost then but what the closed gates let through. Before the cut the
         other channels stand in it at full strength.
         """
         copied = copy.deepcopy(self.model)
         parameters = dict(copied.named_parameters())
         with torch.no_grad():
-            gates = torch.where(self._kept(), self.gates(), 1.0)
+            own = self._kept(self.plan())
+            kept = own if plan is None else own & self._kept(plan)  # what only another plan keeps has closed gates
+            gates = torch.where(kept, self.gates(), 1.0)
             for name, scaled in self._gating.fold(gates, parameters).items():
                 parameters[name].copy_(scaled)
         return copied
@@ -224,8 +234,8 @@ class ChipNet(nn.Module):
             raise UsageError("no forward pass yet; call the ChipNet on a batch before its loss() and step()")
         return self._last
 
-    def _kept(self) -> Tensor:
-        mask = self.plan().mask(self.graph)
+    def _kept(self, plan: PrunePlan) -> Tensor:
+        mask = plan.mask(self.graph)
         return torch.from_numpy(mask).to(self.logits.device)
 
     def _gates(self) -> tuple[Tensor, Tensor]:

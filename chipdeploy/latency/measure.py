@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import os
-import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chipdeploy.errors import NoisyError, RunError, UsageError
+from chipdeploy.errors import RunError, UsageError
+from chipdeploy.latency.blocks import Contest, Network, Times
+from chipdeploy.latency.environment import environment, load_averages
 
 SCHEMA = 1
-POSITION_S = 2e-3  # A position lasts at least this long, so that a timer tick is a small part of it.
-WARM_UP_S = 0.2
-# The first inference after another network refills the caches: 40 us on a network of 0.6 ms, nothing on a slow one.
-SETTLE_BELOW_S = 0.02
-MAX_RUNS = 200  # Inferences in a position at most ...
-MAX_BLOCKS = 2000  # ... and blocks: the raw times of a network that does almost nothing must still fit a file.
 RESAMPLES = 2000
 P90_SAMPLES, P99_SAMPLES = 64, 662  # MLPerf's floors: below them a percentile is noise.
 CONTROL_BIAS = 0.05
 CONTROL_SPREAD = 0.25
-VECTORS = {"amx_tile": "AMX", "avx512_vnni": "AVX-512 VNNI", "avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
-MAX_DROPPED = 2  # times as many throttled blocks as wanted ones: after that the device will not calm down
-PACKAGES = (
-    "chipdeploy",
-    "torch",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt",
-    "tensorrt-rtx-cu13",
-    "numpy",
-)
 
-Times = tuple[tuple[float, ...], ...]
 Interval = tuple[float, float]
 
 
@@ -213,15 +191,15 @@ class Comparison:
 
 
 def compare(
-    dense: Callable[[], object],
-    pruned: Callable[[], object],
+    dense: Network,
+    pruned: Network,
     *,
     batch: int,
     min_blocks: int = 30,
     seconds: float = 5.0,
     seed: int = 0,
     on_block: Callable[[int, int], None] | None = None,
-    control: Callable[[], object] | None = None,
+    control: Network | None = None,
     clock: Callable[[], float] = time.perf_counter,
     timed: bool = False,
     throttled: Callable[[], bool] | None = None,
@@ -253,28 +231,59 @@ def compare(
         raise UsageError(
             f"batch, min_blocks and seconds must be positive, got {batch}, {min_blocks} and {seconds}; try 1, 30 and 5"
         )
-    before = environment()
-    once = _own_seconds if timed else partial(_wall_seconds, clock)
-    dense_s, pruned_s = _warm_up(dense, once), _warm_up(pruned, once)
-    if control:
-        _warm_up(control, once)
-    settle = min(dense_s, pruned_s) < SETTLE_BELOW_S
-    dense_runs, pruned_runs = _runs(dense_s), _runs(pruned_s)
-    positions = {
-        "dense": partial(_position, dense, dense_runs, once, settle),
-        "pruned": partial(_position, pruned, pruned_runs, once, settle),
-        "control": partial(_position, control or dense, dense_runs, once, settle),
-    }
-    block_s = 4 * (dense_runs + settle) * dense_s + 2 * (pruned_runs + settle) * pruned_s
-    times, dropped = _run_blocks(positions, _block_count(block_s, min_blocks, seconds), on_block, throttled)
-    return Comparison(
+    return compare_many(
+        dense,
+        [pruned],
         batch=batch,
-        dense_s=tuple(times["dense"]),
-        pruned_s=tuple(times["pruned"]),
-        control_s=tuple(times["control"]),
-        environment={**before, "load_after": _load(), "throttled_blocks": dropped},
+        min_blocks=min_blocks,
+        seconds=seconds,
         seed=seed,
+        on_block=on_block,
+        control=control,
+        clock=clock,
+        timed=timed,
+        throttled=throttled,
+    )[0]
+
+
+def compare_many(
+    dense: Network,
+    pruned: Sequence[Network],
+    *,
+    batch: int,
+    min_blocks: int = 30,
+    seconds: float = 5.0,
+    seed: int = 0,
+    on_block: Callable[[int, int], None] | None = None,
+    control: Network | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    timed: bool = False,
+    throttled: Callable[[], bool] | None = None,
+) -> list[Comparison]:
+    """Time several networks in the same blocks A B1 B2 ... C C ... B2 B1 A; see `compare`.
+
+    One comparison a network, all with the same times of the dense one and its control: so most of the time goes to
+    what is asked about. `seconds` are for all of them together. The Bs change places from block to block.
+    """
+    if batch < 1 or min_blocks < 1 or not 0 < seconds < math.inf or not pruned:
+        raise UsageError(
+            f"batch, min_blocks and seconds must be positive, got {batch}, {min_blocks} and {seconds}; try 1, 30 and 5"
+        )
+    before = environment()
+    names = [f"pruned {number}" for number in range(len(pruned))]
+    contest = Contest(
+        {"dense": dense, **dict(zip(names, pruned, strict=True)), "control": control or dense}, clock=clock, timed=timed
     )
+
+    def order(number: int) -> list[str]:
+        turned = names[number % len(names) :] + names[: number % len(names)]
+        half = ["dense", *turned, "control"]
+        return half[::-1] if number % 2 else half
+
+    times, dropped = contest.run(contest.blocks_in(seconds, min_blocks), order, on_block=on_block, throttled=throttled)
+    facts = {**before, "load_after": load_averages(), "throttled_blocks": dropped}
+    first = Comparison(batch, times["dense"], times[names[0]], times["control"], facts, seed)
+    return [first, *(replace(first, pruned_s=times[name]) for name in names[1:])]
 
 
 def headline(comparison: Comparison) -> str:
@@ -296,110 +305,11 @@ def ratio_texts(comparison: Comparison) -> tuple[str, str, str]:
     return ratio, low, high
 
 
-def environment() -> dict[str, Any]:
-    """The machine and the packages, as JSON values. No host, user or path is named; no package is imported."""
-    cpu, cores, threads = _cpu_model(), _cores(), _threads()
-    gpu = "an NVIDIA GPU" if Path("/dev/nvidia0").exists() else "no GPU"
-    # Processors of one name differ by what a vector holds, and so does the time of every kernel.
-    vectors = next((isa for flag, isa in VECTORS.items() if flag in _cpuinfo("flags").split()), "")
-    return {
-        "machine": ", ".join(filter(None, (cpu, vectors, f"{cores} core{'s' if cores > 1 else ''}", gpu))),
-        "cpu": cpu,
-        "vectors": vectors,
-        "cores": cores,
-        "threads": threads,
-        "frequency_mhz": _frequency_mhz(),
-        "load_before": _load(),
-        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
-    }
-
-
 def bootstrap_interval(values: NDArray[np.float64], seed: int) -> Interval:
     """95 % percentile-bootstrap interval of the median of `values` [n]: n drawn with replacement, 2000 times."""
     draws = np.random.default_rng(seed).integers(0, values.size, (RESAMPLES, values.size))
     low, high = np.percentile(np.median(values[draws], axis=1), (2.5, 97.5))
     return float(low), float(high)
-
-
-def _run_blocks(
-    positions: Mapping[str, Callable[[], tuple[float, ...]]],
-    blocks: int,
-    on_block: Callable[[int, int], None] | None,
-    throttled: Callable[[], bool] | None,
-) -> tuple[dict[str, list[tuple[float, ...]]], int]:
-    """Seconds of every timed inference, by network and block, and how many blocks were dropped."""
-    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in positions}
-    done = dropped = 0
-    while done < blocks:
-        half = ("control", "pruned", "dense") if done % 2 else ("dense", "pruned", "control")
-        with _no_garbage_collection():
-            there = {name: positions[name]() for name in half}
-            back = {name: positions[name]() for name in reversed(half)}
-        if throttled and throttled():
-            dropped += 1
-            if dropped > MAX_DROPPED * blocks:
-                raise NoisyError(f"the device slowed itself down in {dropped} blocks; cool it, or lift its power limit")
-            continue
-        for name in half:
-            times[name].append(there[name] + back[name])
-        done += 1
-        if on_block:
-            on_block(done, blocks)
-    return times, dropped
-
-
-def _wall_seconds(clock: Callable[[], float], run: Callable[[], object]) -> float:
-    before = clock()
-    run()
-    return clock() - before
-
-
-def _own_seconds(run: Callable[[], object]) -> float:
-    seconds = run()
-    assert isinstance(seconds, float)
-    return seconds
-
-
-def _position(
-    run: Callable[[], object], runs: int, once: Callable[[Callable[[], object]], float], settle: bool
-) -> tuple[float, ...]:
-    """Seconds of each of `runs` inferences, to the nanosecond, after an untimed one if the caches are to settle."""
-    if settle:
-        run()
-    return tuple(round(once(run), 9) for _ in range(runs))
-
-
-def _warm_up(run: Callable[[], object], once: Callable[[Callable[[], object]], float]) -> float:
-    """Run until caches and clocks have settled; returns the median seconds of an inference."""
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < WARM_UP_S and len(times) < 1000):
-        times.append(once(run))
-    return float(np.median(times))
-
-
-def _runs(seconds_once: float) -> int:
-    """Inferences in a position."""
-    return min(MAX_RUNS, math.ceil(POSITION_S / max(seconds_once, 1e-9)))
-
-
-def _block_count(block_s: float, min_blocks: int, seconds: float) -> int:
-    """Blocks that fill `seconds`; even, so that A and C are each the control equally often."""
-    wanted = max(min_blocks, min(MAX_BLOCKS, math.ceil(seconds / max(block_s, 1e-9))))
-    return wanted + wanted % 2
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A collection inside one position would be charged to the network that happened to run."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _ratios(numerator: Times, denominator: Times) -> NDArray[np.float64]:
@@ -416,53 +326,3 @@ def _median_ms(times: Times) -> float:
 
 def _times(data: Sequence[Sequence[float]]) -> Times:
     return tuple(tuple(float(t) for t in block) for block in data)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _cpu_model() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _frequency_mhz() -> float | None:
-    """Of the first core, now; None where the system does not say."""
-    try:
-        return round(float(_cpuinfo("cpu MHz")))
-    except ValueError:
-        return None
-
-
-def _cpuinfo(key: str) -> str:
-    """The first value of a key in Linux's /proc/cpuinfo; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
-
-
-def _threads() -> int:
-    """Hardware threads that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _cores() -> int:
-    """Physical cores of the machine."""
-    import psutil  # type: ignore[import-untyped]
-
-    return psutil.cpu_count(logical=False) or _threads()
-
-
-def _load() -> list[float] | None:
-    """Load averages over 1, 5 and 15 minutes; None where the system has none."""
-    try:
-        return [round(value, 2) for value in os.getloadavg()]
-    except (AttributeError, OSError):
-        return None

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from chipdeploy.errors import NoisyError, RunError, UsageError
-from chipdeploy.latency.measure import Comparison, bootstrap_interval, compare, environment, headline
+from chipdeploy.latency.environment import environment
+from chipdeploy.latency.measure import Comparison, bootstrap_interval, compare, headline
 
 
 class Clock:
@@ -276,7 +277,7 @@ def test_a_comparison_holds_the_load_before_and_after():
 
 def test_measures_without_torch():
     code = (
-        "import sys; from chipdeploy.latency.measure import environment; "
+        "import sys; from chipdeploy.latency.environment import environment; "
         "assert 'torch' in environment()['versions']; print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

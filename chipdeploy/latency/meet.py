@@ -1,0 +1,178 @@
+"""The target met on the device: cut, build, measure, correct, and cut again; the ranking of the channels stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from chipdeploy.graph.channels import Mask
+from chipdeploy.graph.plan import group_widths
+from chipdeploy.latency.measure import Comparison
+from chipdeploy.latency.predict import LatencyCost
+from chipdeploy.latency.rig import Rig
+
+TOLERANCE = 0.03  # of the target, below it
+TRIES = 10
+BISECTIONS = 12
+CLOSE = 0.003  # of the aim: no nearer plan is searched for
+FIRST_S, CONFIRM_S = 2.5, 5.0  # seconds of a measurement
+BLOCKS = 30
+
+Propose = Callable[[float], Mask]  # a budget's share ▶ the best plan under it, [channels]
+OnTry = Callable[["Try"], None]
+
+
+@dataclass(frozen=True)
+class Try:
+    """One plan that was cut, built and measured."""
+
+    share: float  # of the budget
+    predicted: float  # ratio to the dense time, before any correction
+    ratio: float
+    interval: tuple[float, float]
+    mask: Mask = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "share": self.share,
+            "predicted": self.predicted,
+            "ratio": self.ratio,
+            "interval": list(self.interval),
+        }
+
+
+@dataclass(frozen=True)
+class Met:
+    """The plan that was chosen.
+
+    Args:
+        met: its measured ratio is at most the goal; `near`: and at least 97 % of it.
+        comparison: of the confirming measurement, with engines of its own.
+    """
+
+    mask: Mask
+    goal: float
+    met: bool
+    near: bool
+    comparison: Comparison
+    tries: tuple[Try, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, the raw times of the confirmation among them."""
+        return {
+            "goal": self.goal,
+            "met": self.met,
+            "near": self.near,
+            "ratio": self.comparison.ratio,
+            "interval": list(self.comparison.ratio_interval),
+            "dense_ms": self.comparison.dense_ms,
+            "pruned_ms": self.comparison.pruned_ms,
+            "tries": [one.to_dict() for one in self.tries],
+            "confirmation": self.comparison.to_dict(),
+        }
+
+
+def meet(
+    rig: Rig,
+    cost: LatencyCost,
+    propose: Propose,
+    goal: float,
+    *,
+    tolerance: float = TOLERANCE,
+    tries: int = TRIES,
+    on_try: OnTry | None = None,
+) -> Met:
+    """Search the budget's share at which the measured ratio lies in [(1 − tolerance) · goal, goal].
+
+    After each measurement the predictor is scaled to meet it. A plan that passes is measured once more with engines of
+    its own; only what passes twice ends the search. Where nothing does, the slowest plan within the goal is taken, and
+    where there is none, the fastest.
+    """
+    aim, factor = goal * (1 - tolerance / 2), 1.0
+    seen: dict[bytes, Try] = {}
+    confirmed: list[tuple[Try, Comparison]] = []
+    for _ in range(tries):
+        share, mask = _inverse(propose, partial(_predicted, rig, cost.scaled(factor)), aim)
+        if mask.tobytes() in seen:
+            # No other plan is predicted there: look a little beside it, where the last one missed.
+            last = seen[mask.tobytes()]
+            step = (1 + tolerance / 2) if last.ratio < goal * (1 - tolerance) else (1 - tolerance / 2)
+            aim *= step
+            continue
+        found = _measured(rig, cost, share, mask, FIRST_S)
+        seen[mask.tobytes()] = found[0]
+        if on_try:
+            on_try(found[0])
+        if _fits(found[0].ratio, goal, tolerance):
+            again = _measured(rig, cost, share, mask, CONFIRM_S)
+            confirmed.append(again)
+            if _fits(again[0].ratio, goal, tolerance):
+                break
+            found = again
+        factor = found[0].ratio / max(found[0].predicted, 1e-9)
+        aim = goal * (1 - tolerance / 2)
+    return _chosen(rig, cost, goal, tolerance, tuple(seen.values()), confirmed)
+
+
+def _fits(ratio: float, goal: float, tolerance: float) -> bool:
+    return goal * (1 - tolerance) <= ratio <= goal
+
+
+def _predicted(rig: Rig, cost: LatencyCost, mask: Mask) -> float:
+    return cost.count(group_widths(rig.graph, mask))
+
+
+def _measured(rig: Rig, cost: LatencyCost, share: float, mask: Mask, seconds: float) -> tuple[Try, Comparison]:
+    engine = rig.engine(mask)
+    comparison = rig.time([engine], seconds=seconds, blocks=BLOCKS)[0]
+    rig.forget()
+    predicted = _predicted(rig, cost, mask)
+    return Try(share, predicted, comparison.ratio, comparison.ratio_interval, mask), comparison
+
+
+def _inverse(propose: Propose, predicted: Callable[[Mask], float], aim: float) -> tuple[float, Mask]:
+    """The largest share whose plan is predicted to take at most `aim`, by bisection; the last plan where none is."""
+    low, high = 0.0, 1.0
+    best: tuple[float, Mask] | None = None
+    share = aim
+    for _ in range(BISECTIONS):
+        mask = propose(share)
+        ratio = predicted(mask)
+        if ratio <= aim:
+            if best is None or ratio >= predicted(best[1]):
+                best = share, mask
+            low = share
+            if ratio >= aim * (1 - CLOSE):
+                break
+        else:
+            high = share
+        share = (low + high) / 2
+    return best or (share, mask)
+
+
+def _chosen(
+    rig: Rig,
+    cost: LatencyCost,
+    goal: float,
+    tolerance: float,
+    tries: tuple[Try, ...],
+    confirmed: list[tuple[Try, Comparison]],
+) -> Met:
+    passed = [one for one in confirmed if _fits(one[0].ratio, goal, tolerance)]
+    if passed:
+        return _met(passed[-1], goal, tolerance, tries)
+    under = sorted((one for one in tries if one.ratio <= goal), key=lambda one: -one.ratio)
+    for candidate in under:  # the slowest that holds when it is measured again
+        again = _measured(rig, cost, candidate.share, candidate.mask, CONFIRM_S)
+        if again[0].ratio <= goal:
+            return _met(again, goal, tolerance, tries)
+    fastest = min(tries, key=lambda one: one.ratio)
+    return _met(_measured(rig, cost, fastest.share, fastest.mask, CONFIRM_S), goal, tolerance, tries)
+
+
+def _met(found: tuple[Try, Comparison], goal: float, tolerance: float, tries: tuple[Try, ...]) -> Met:
+    one, comparison = found
+    within = one.ratio <= goal
+    return Met(one.mask, goal, within, within and one.ratio >= goal * (1 - tolerance), comparison, tries)

@@ -1,0 +1,202 @@
+"""A dense network on one target, and every cut of it, ready to be timed against each other."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from chipdeploy.engines.base import Engine, Images, open_engine
+from chipdeploy.engines.build import BuildOptions, build_engine
+from chipdeploy.engines.target import Target
+from chipdeploy.errors import ExportError, UsageError
+from chipdeploy.export.onnx import export_onnx
+from chipdeploy.export.precision import convert
+from chipdeploy.export.shrink import Shrinker
+from chipdeploy.graph.channels import ChannelGraph, Mask
+from chipdeploy.graph.plan import PrunePlan
+from chipdeploy.graph.surgery import hard_prune
+from chipdeploy.latency.environment import environment
+from chipdeploy.latency.gpu import GpuWatch
+from chipdeploy.latency.layers import layer_names, layer_seconds
+from chipdeploy.latency.measure import Comparison, compare_many
+
+AGREEMENT = 1e-3  # of the largest logit: between a cut ONNX file and the cut network
+CALIBRATION = 64  # random images for int8: a latency does not depend on what they show
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a latency depends on besides the network."""
+
+    target: Target
+    batch: int
+    input_shape: tuple[int, ...]  # of one image
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise UsageError(f"the batch must be 1 or more, got {self.batch}")
+
+    @property
+    def name(self) -> str:
+        """`ort-cpu, batch 1, 3x32x32, 1 thread`."""
+        threads = "" if self.target.on_gpu else f", {self.threads} thread{'s' * (self.threads > 1)}"
+        return f"{self.target.name}, batch {self.batch}, {'x'.join(map(str, self.input_shape))}{threads}"
+
+
+class Rig:
+    """Makes, checks and times engines of one network's cuts. A context: its files vanish at the end.
+
+    Args:
+        model: the dense network; it stays as it is.
+        graph: its channels.
+
+    Raises:
+        MissingError: the target's package or device is not here.
+        ExportError: the network cannot be exported.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, setting: Setting) -> None:
+        self.graph, self.setting = graph, setting
+        self._model = copy.deepcopy(model).to("cpu").eval()
+        self._stack = ExitStack()
+        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="chipdeploy-")))
+        draw = np.random.default_rng(0)
+        self.images: Images = draw.standard_normal((setting.batch, *setting.input_shape), dtype=np.float32)
+        self._few = torch.from_numpy(draw.standard_normal((2, *setting.input_shape), dtype=np.float32))
+        self._shrinker: Shrinker | None = None
+        self._made = 0
+        everything = np.ones(graph.channels, dtype=np.bool_)
+        if setting.target.runtime != "torch":
+            self._dense_path = self._folder / "dense.onnx"
+            export_onnx(self._model, self._few, self._dense_path, max_batch=max(2, setting.batch))
+            self._shrinker = self._try_shrinker(everything)
+            self._names = layer_names(self._dense_path)
+        self.dense, self.control = self.engine(everything), self.engine(everything)
+        self._kept = set(self._folder.iterdir())
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._stack.close()
+
+    @property
+    def quick(self) -> bool:
+        """Whether cuts are made in the ONNX file, not by an export each."""
+        return self._shrinker is not None
+
+    def engine(self, mask: Mask) -> Engine:
+        """The network cut by a mask [channels], as an engine that gives what the cut network gives.
+
+        Raises:
+            ExportError: the cut network cannot be exported.
+        """
+        target, options = self.setting.target, {} if self.setting.target.on_gpu else {"threads": self.setting.threads}
+        small = hard_prune(self._model, self.graph, PrunePlan.from_mask(self.graph, mask)).eval()
+        if target.runtime == "torch":
+            return open_engine(target, small, **options)
+        self._made += 1
+        path = self._folder / f"{self._made}.onnx"
+        if not (self._shrinker and self._shrunk(self._shrinker, small, mask, path)):
+            export_onnx(small, self._few, path, max_batch=max(2, self.setting.batch))
+        return open_engine(target, self._finished(path), **options)
+
+    def time(
+        self,
+        engines: Sequence[Engine],
+        *,
+        seconds: float,
+        blocks: int = 12,
+        on_block: Callable[[int, int], None] | None = None,
+    ) -> list[Comparison]:
+        """Every engine against the dense network, in the same blocks; see `compare_many`."""
+        target = self.setting.target
+        watch = GpuWatch.open() if target.on_gpu else None
+        all_engines = (self.dense, self.control, *engines)
+        watches = [engine.stopwatch(self.images) for engine in all_engines]
+        timed = all(watches)
+        calls: list[Any] = watches if timed else [partial(engine.run, self.images) for engine in all_engines]
+        found = compare_many(
+            calls[0],
+            calls[2:],
+            control=calls[1],
+            batch=self.setting.batch,
+            min_blocks=blocks,
+            seconds=seconds,
+            timed=timed,
+            on_block=on_block,
+            throttled=watch.throttled if watch else None,
+        )
+        facts = {**found[0].environment, **self.describe(watch)}
+        return [replace(one, environment=facts, target=target.name, on_device=timed) for one in found]
+
+    def describe(self, watch: GpuWatch | None = None) -> dict[str, Any]:
+        """The engine, and the GPU where it runs on one, as JSON values."""
+        facts: dict[str, Any] = {"engine": self.dense.describe(), "quick_cuts": self.quick}
+        watch = watch or (GpuWatch.open() if self.setting.target.on_gpu else None)
+        if watch:
+            gpu = watch.facts()
+            facts |= {"gpu": gpu, "machine": f"{gpu['name']}, {environment()['cpu']}"}
+        return facts
+
+    def layers(self, engine: Engine, runs: int = 10) -> dict[str, float]:
+        """Seconds of the layers of the channel graph, by name; what belongs to none is under "". Empty where the
+        runtime does not tell."""
+        if self.setting.target.runtime == "torch":
+            return {}
+        return layer_seconds(engine.layer_times(self.images, runs), self._names)
+
+    def _try_shrinker(self, everything: Mask) -> Shrinker | None:
+        shrinker = Shrinker(self._dense_path, self.graph)
+        try:
+            shrinker.shrink(everything)
+        except ExportError:
+            return None
+        return shrinker
+
+    def _shrunk(self, shrinker: Shrinker, small: nn.Module, mask: Mask, path: Path) -> bool:
+        """Cut the dense file; False where the result does not give what the cut network gives."""
+        try:
+            path.write_bytes(shrinker.shrink(mask).SerializeToString())
+            got = open_engine("ort-cpu", path).run(self._few.numpy())
+        except ExportError:
+            return False
+        except Exception:  # ONNX Runtime's errors share no base class
+            return False
+        with torch.inference_mode():
+            expected = small(self._few).numpy()
+        limit = AGREEMENT * max(float(np.abs(expected).max()), 1e-6)
+        return bool(got.shape == expected.shape and np.abs(got - expected).max() <= limit)
+
+    def _finished(self, path: Path) -> Path:
+        """The file in the target's precision, built where it must be."""
+        target, batch = self.setting.target, self.setting.batch
+        if target.precision != "fp32":
+            other = path.with_suffix(f".{target.precision}.onnx")
+            shape = (CALIBRATION, *self.setting.input_shape)
+            convert(path, other, target.precision, np.random.default_rng(1).standard_normal(shape, dtype=np.float32))
+            path = other
+        if target.builds:
+            engine = path.with_suffix(".engine")
+            build_engine(path, engine, target, BuildOptions(batches=(1, batch, batch)))
+            path = engine
+        return path
+
+    def forget(self) -> None:
+        """Delete the files of cuts; open engines stay as they are."""
+        for path in self._folder.iterdir():
+            if path not in self._kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,73 @@
+"""Where profiles are found: those that are shipped, and the user's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from chipdeploy.errors import RunError
+from chipdeploy.graph.channels import ChannelGraph
+from chipdeploy.latency.profile import LatencyProfile, graph_digest
+from chipdeploy.latency.rig import Setting
+
+FOLDER = "profiles"  # below the folder of the runs
+
+
+def shipped() -> dict[str, Path]:
+    """Profiles in the package, by name."""
+    folder = Path(str(resources.files("chipdeploy.profiles")))
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def own(folder: Path) -> dict[str, Path]:
+    """Profiles in a folder, by name."""
+    return {path.stem: path for path in sorted(folder.glob("*.json"))} if folder.is_dir() else {}
+
+
+def by_name(name: str, folder: Path) -> LatencyProfile:
+    """A profile by its name, or by its path.
+
+    Raises:
+        RunError: there is none, or its file is no whole profile.
+    """
+    known = {**shipped(), **own(folder)}
+    path = known.get(name, Path(name))
+    if not path.is_file():
+        raise RunError(f"there is no profile {name!r}; known: {', '.join(known) or 'none'}; give a name or a file")
+    return LatencyProfile.load(path)
+
+
+def matching(graph: ChannelGraph, setting: Setting, here: Mapping[str, Any], folder: Path) -> LatencyProfile | None:
+    """The user's own profile of this network in this setting on this machine; None where there is none.
+
+    Profiles of other machines, shipped ones above all, are used by name only.
+    """
+    for profile in _readable(own(folder)):
+        if profile.graph == graph_digest(graph) and not profile.foreign(here) and _same(profile, setting):
+            return profile
+    return None
+
+
+def file_name(model: str, setting: Setting, machine: str) -> str:
+    """`resnet56-ort-cpu-b1-amd-epyc-avx2-1-core-no-gpu.json`."""
+    parts = [Path(model).stem, setting.target.name, f"b{setting.batch}", machine]
+    return re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-") + ".json"
+
+
+def _same(profile: LatencyProfile, setting: Setting) -> bool:
+    try:
+        profile.check_setting(setting)
+    except RunError:
+        return False
+    return True
+
+
+def _readable(paths: Mapping[str, Path]) -> Iterator[LatencyProfile]:
+    for path in paths.values():
+        try:
+            yield LatencyProfile.load(path)
+        except RunError:  # another's mistake is no reason to refuse this one's work; --check says what is wrong
+            continue

@@ -7,15 +7,17 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from chipdeploy.errors import UsageError
 
 PREFIX = "CHIPDEPLOY_"
 # Environment variables of this prefix that are no settings.
 NOT_SETTINGS = frozenset({"DEBUG"})
+DEFAULT_ALIGN = 16
+LATENCY_GOALS = ("latency", "latency_ms", "fps")
 BUDGET_FLAGS = ("flops", "params", "channels", "volume")  # two settings each: the kind, and what stays
 
 
@@ -49,13 +51,37 @@ class PruneConfig(TrainConfig):
 
     kind: str = "flops"
     keep: float = 0.3
+    latency: float | None = Field(default=None, gt=0, lt=1)
+    latency_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    fps: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    on: str = "ort-cpu"
+    bench_batch: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1)
+    via: Literal["latency", "flops"] = "latency"
+    profile: str | None = None
+    minutes: float = Field(default=3.0, gt=0, lt=24 * 60)
     weights: str | None = None
-    align: int = Field(default=16, ge=1)
+    align: int | Literal["auto"] = DEFAULT_ALIGN
     min_width: int = Field(default=1, ge=1)
     blocks: bool = False
     exclude: tuple[str, ...] = ()
     soft_epochs: int | None = Field(default=None, ge=1)
     finetune_epochs: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _goal(cls, values: Any) -> Any:
+        """A latency goal is a kind of budget, and goes by the device's own stairs if nobody says otherwise."""
+        if isinstance(values, dict) and any(values.get(name) is not None for name in LATENCY_GOALS):
+            return {"kind": "latency", "align": "auto"} | values
+        return values
+
+    @field_validator("align", mode="after")
+    @classmethod
+    def _channels(cls, value: Any) -> Any:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("input should be 1 or more, or auto")
+        return value
 
     @field_validator("exclude", mode="before")
     @classmethod

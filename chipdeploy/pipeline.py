@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from chipdeploy import checkpoint
 from chipdeploy.chipnet.costs import COSTS, UNITS, CostModel
 from chipdeploy.chipnet.project import Projector
-from chipdeploy.chipnet.soft import Budget, ChipNet
+from chipdeploy.chipnet.soft import LATENCY, Budget, ChipNet
 from chipdeploy.config import PruneConfig, TrainConfig
 from chipdeploy.errors import MissingError, ModelError, RunError
 from chipdeploy.files import digest
@@ -25,6 +25,10 @@ from chipdeploy.graph.plan import PrunePlan, dead_branches, group_widths
 from chipdeploy.graph.proof import evaluating
 from chipdeploy.graph.surgery import hard_prune
 from chipdeploy.graph.trace import trace
+from chipdeploy.latency.meet import TRIES
+from chipdeploy.latency.profiling import OnRound
+from chipdeploy.latency.store import FOLDER
+from chipdeploy.meeting import MEASURED, PROFILE, Meeting, arrange, keep_profile, latency_facts, step
 from chipdeploy.run import CONFIG, Run, make_folder, read_json, write_json
 from chipdeploy.training.data import ImageData, load_data
 from chipdeploy.training.loop import Watcher, evaluate, renew_norms, train_epoch
@@ -39,6 +43,7 @@ PRUNED, DENSE, PLAN, RESULT, DATA = (
     "result.json",
     "data.json",
 )
+PROFILES = Path("runs") / FOLDER
 CRISP_ENOUGH = 0.95
 SHARE_TOLERANCE = 0.02  # |V(z) − V0| of an epoch that may be cut
 
@@ -137,8 +142,19 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def check_budget(config: PruneConfig, job: Job) -> str:
+def check_budget(
+    config: PruneConfig,
+    job: Job,
+    *,
+    profiles: Path = PROFILES,
+    run: Path | None = None,
+    on_round: OnRound | None = None,
+) -> tuple[str, Meeting | None]:
     """The budget in full, once it is known that the model can be pruned to it and the weights fit.
+
+    Args:
+        profiles: where a latency profile is looked for, and kept if one must be measured.
+        run: the run's folder, if it is known: a run that was begun goes on by its own profile.
 
     Raises:
         ModelError, BudgetError, WeightsError: before anything is written.
@@ -148,12 +164,17 @@ def check_budget(config: PruneConfig, job: Job) -> str:
         load_weights(model, Path(config.weights))
     graph = trace(model, job.example, exclude=config.exclude)
     _check_output(model, job.example, job.data.num_classes)
+    meeting = arrange(config, model, graph, folder=profiles, run=run, on_round=on_round)
+    if meeting and meeting.goal:
+        return f"take at most {meeting.text()}", meeting
     budget = Budget(config.kind, config.keep)
     cost = CostModel.of(graph, budget.cost)
-    projector = Projector(graph, cost, config.align, min_width=config.min_width, blocks=config.blocks)
+    align = step(config, meeting, graph)
+    projector = Projector(graph, cost, align, min_width=config.min_width, blocks=config.blocks)
     projector.check(config.keep)
     unit = UNITS[budget.cost]
-    return f"keep at most {config.keep:.4g} of the {unit}: {config.keep * cost.dense:,.0f} of {cost.dense:,.0f}"
+    text = f"keep at most {config.keep:.4g} of the {unit}: {config.keep * cost.dense:,.0f} of {cost.dense:,.0f}"
+    return text, meeting
 
 
 def _check_output(model: nn.Module, example: Tensor, classes: int) -> None:
@@ -238,8 +259,10 @@ def _epoch(
 class Pruning:
     """One pruning run: soft epochs, the cut, finetune epochs; after each the state is on disk."""
 
-    def __init__(self, config: PruneConfig, job: Job, run: Run, dense: Path, watcher: Watcher) -> None:
-        self.config, self.job, self.run, self.watcher = config, job, run, watcher
+    def __init__(
+        self, config: PruneConfig, job: Job, run: Run, dense: Path, watcher: Watcher, meeting: Meeting | None = None
+    ) -> None:
+        self.config, self.job, self.run, self.watcher, self.meeting = config, job, run, watcher, meeting
         self.dense = job.model()
         load_weights(self.dense, dense)
         self._inputs = {**job.inputs, "weights": digest(dense)}
@@ -255,16 +278,18 @@ class Pruning:
         job, config = self.job, self.config
         model = job.model()
         model.load_state_dict(self.dense.state_dict())
+        budget, align = self._budget(model)
         chip = ChipNet(
             model,
             job.example,
-            Budget(config.kind, config.keep),
+            budget,
             steps=self.soft_epochs * job.soft_steps,
-            align=config.align,
+            align=align,
             exclude=config.exclude,
             min_width=config.min_width,
             blocks=config.blocks,
             schedule=job.recipe.schedule,
+            cost=self.meeting.profile.cost if self.meeting and budget.kind == LATENCY else None,
         )
         optimizer = self._soft_optimizer(model)
         self._resume("soft", {"chip": chip, "optimizer": optimizer, "logits": chip.optimizer})
@@ -276,10 +301,41 @@ class Pruning:
             self._note(self._look(chip, epoch, loss))
             self._save("soft", {"chip": chip, "optimizer": optimizer, "logits": chip.optimizer})
         assert self.best is not None
+        if self.meeting and self.meeting.goal and "met" not in self.best:
+            self._meet(chip)
+            self._save("soft", {"chip": chip, "optimizer": optimizer, "logits": chip.optimizer})
         plan = PrunePlan.from_dict(self.best["plan"])
         small = hard_prune(self.dense, chip.graph, plan)
         small.load_state_dict(self.best_state)
         return chip.graph, plan, small
+
+    def _budget(self, model: nn.Module) -> tuple[Budget, int]:
+        """What the soft phase keeps to, and the channels by which widths go."""
+        if not self.meeting:
+            return Budget(self.config.kind, self.config.keep), step(self.config)
+        graph = trace(model, self.job.example, exclude=self.config.exclude)
+        align = step(self.config, self.meeting, graph)
+        if self.meeting.goal:
+            return self.meeting.budget(graph, align), align
+        return Budget(self.config.kind, self.config.keep), align
+
+    def _meet(self, chip: ChipNet) -> None:
+        """Replace the plan by the one whose measured time meets the goal; channels that it adds come back as they were.
+
+        The finetune does not change the time, so it is measured before.
+        """
+        assert self.meeting and self.best is not None
+        self.watcher.phase("measuring cuts", 1, TRIES)
+        met = self.meeting.settle(chip.model, chip, lambda one: self.watcher.step(1, {"of the dense time": one.ratio}))
+        plan = PrunePlan.from_mask(chip.graph, met.mask)
+        cut = hard_prune(chip.folded(plan), chip.graph, plan)
+        renew_norms(cut, self.job.data.train, batch=self.job.batch, device=self.job.device)
+        self.best |= {
+            "plan": plan.to_dict(),
+            "met": met.to_dict(),
+            "val_cut": evaluate(cut, self.job.data.val, self.job.device),
+        }
+        self.best_state = {name: tensor.clone() for name, tensor in cut.state_dict().items()}
 
     def _look(self, chip: ChipNet, epoch: int, loss: float) -> dict[str, Any]:
         """Soft and cut network on the validation images; the best feasible, crisp, unbroken cut so far is kept."""
@@ -383,9 +439,16 @@ class Pruning:
             checkpoint.unpack(name, tensors, part)
 
 
-def prune(config: PruneConfig, job: Job, run: Run, dense: Path, watcher: Watcher) -> dict[str, Any]:
-    """Run or resume a pruning run to its end; returns the result that is also written as result.json."""
-    pruning = Pruning(config, job, run, dense, watcher)
+def prune(
+    config: PruneConfig, job: Job, run: Run, dense: Path, watcher: Watcher, meeting: Meeting | None = None
+) -> dict[str, Any]:
+    """Run or resume a pruning run to its end; returns the result that is also written as result.json.
+
+    Args:
+        meeting: of `check_budget`; needed where the configuration asks for a latency, or for the device's own stairs.
+    """
+    keep_profile(run, meeting)
+    pruning = Pruning(config, job, run, dense, watcher, meeting)
     graph, plan, small = pruning.soft()
     small = pruning.finetune(small)
     save_weights(pruning.dense, run.file(DENSE))
@@ -400,15 +463,25 @@ def prune(config: PruneConfig, job: Job, run: Run, dense: Path, watcher: Watcher
     }
     assert pruning.best is not None
     validation = {"soft": pruning.best["val_soft"], "cut": pruning.best["val_cut"], "epoch": pruning.best["epoch"]}
-    result = summarise(config, graph, plan, accuracy) | {"validation": validation, "inputs": job.inputs}
+    result = summarise(config, graph, plan, accuracy, meeting, pruning.best.get("met"))
+    result |= {"validation": validation, "inputs": job.inputs}
+    if "met" in pruning.best:
+        run.write(MEASURED, pruning.best["met"])
     run.write(RESULT, result)
-    run.seal([CONFIG, DENSE, PRUNED, PLAN, RESULT, DATA])
+    run.seal([CONFIG, DENSE, PRUNED, PLAN, RESULT, DATA, *([PROFILE] if meeting else [])])
     run.finish("prune")
     run.file(checkpoint.NAME).unlink(missing_ok=True)
     return result
 
 
-def summarise(config: PruneConfig, graph: ChannelGraph, plan: PrunePlan, accuracy: dict[str, Any]) -> dict[str, Any]:
+def summarise(
+    config: PruneConfig,
+    graph: ChannelGraph,
+    plan: PrunePlan,
+    accuracy: dict[str, Any],
+    meeting: Meeting | None = None,
+    met: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """What a run achieved, as plain values: see report/ for the reader."""
     mask = plan.mask(graph)
     widths = group_widths(graph, mask)
@@ -417,26 +490,42 @@ def summarise(config: PruneConfig, graph: ChannelGraph, plan: PrunePlan, accurac
         "dense": {name: int(model.dense) for name, model in models.items()},
         "pruned": {name: int(model.count(widths)) for name, model in models.items()},
     }
-    kind = Budget(config.kind, config.keep).cost
-    return {
+    facts: dict[str, Any] = {} if not (meeting and met) else {"latency": latency_facts(meeting, met)}
+    return facts | {
         "schema": 1,
         "model": config.model,
         "data": config.data,
         "seed": config.seed,
-        "align": config.align,
-        "budget": {
-            "kind": config.kind,
-            "keep": config.keep,
-            "dense": costs["dense"][kind],
-            "limit": config.keep * costs["dense"][kind],
-            "achieved": costs["pruned"][kind] / costs["dense"][kind],
-            "unit": UNITS[kind],
-        },
+        "align": step(config, meeting, graph),
+        "budget": _latency_budget(met) if met else _cost_budget(config, costs),
         "accuracy": accuracy,
         "costs": costs,
         "layers": layer_widths(graph, plan),
         "removed_branches": [graph.branches[i].name for i in dead_branches(graph, widths)],
         "plan_digest": plan.digest,
+    }
+
+
+def _cost_budget(config: PruneConfig, costs: dict[str, dict[str, int]]) -> dict[str, Any]:
+    kind = Budget(config.kind, config.keep).cost
+    return {
+        "kind": config.kind,
+        "keep": config.keep,
+        "dense": costs["dense"][kind],
+        "limit": config.keep * costs["dense"][kind],
+        "achieved": costs["pruned"][kind] / costs["dense"][kind],
+        "unit": UNITS[kind],
+    }
+
+
+def _latency_budget(met: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": LATENCY,
+        "keep": met["goal"],
+        "dense": met["dense_ms"],
+        "limit": met["goal"] * met["dense_ms"],
+        "achieved": met["ratio"],
+        "unit": "ms",
     }
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from . import options
 from .output import console, print_json
@@ -17,9 +15,9 @@ if TYPE_CHECKING:
 
 def inspect(
     model: options.Model = None,
-    classes: Annotated[int, typer.Option("--classes", help="Number of classes.")] = 10,
-    channels: Annotated[int, typer.Option("--channels", help="Channels of an image.")] = 3,
-    image_size: Annotated[int, typer.Option("--image-size", help="Height and width of the images, pixels.")] = 32,
+    classes: options.Classes = 10,
+    channels: options.Channels = 3,
+    image_size: options.Size = 32,
     json: options.Json = False,
 ) -> None:
     """Show the channel groups of a model, their members, its costs, and what is pinned and why."""

@@ -17,12 +17,12 @@ import typer
 from chipdeploy import __version__
 from chipdeploy.errors import ChipdeployError
 
-from . import bench, demo, doctor, export, inspect, prune, report, train
+from . import bench, calibrate, demo, doctor, export, inspect, profile, prune, report, train
 from .output import note, print_json
 
 INTERRUPTED = 130
 # These go on where they were; the others begin again, and leave what was there before.
-RESUMABLE = ("prune", "train", "demo")
+RESUMABLE = ("prune", "train", "demo", "profile")
 # Typer carries its own copy of click from 0.2x on: its base of all usage errors is reached by way of a public one.
 TyperUsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 
@@ -39,6 +39,8 @@ commands: dict[str, Callable[..., None]] = {
     "export": export.export,
     "bench": bench.bench,
     "report": report.report,
+    "profile": profile.profile,
+    "calibrate": calibrate.calibrate,
     "inspect": inspect.inspect,
     "train": train.train,
     "doctor": doctor.doctor,

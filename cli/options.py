@@ -34,6 +34,23 @@ Mean = Annotated[
     str | None, typer.Option("--mean", help="Mean of each channel for pixels in [0, 1], e.g. 0.5,0.5,0.5.")
 ]
 Std = Annotated[str | None, typer.Option("--std", help="Standard deviation of each channel, likewise.")]
+LatencyMs = Annotated[
+    float | None, typer.Option("--latency-ms", help="Milliseconds that an inference may take on the target.")
+]
+Fps = Annotated[float | None, typer.Option("--fps", help="Images a second that the target must reach.")]
+On = Annotated[str | None, typer.Option("--on", help="Target, e.g. ort-cpu, torch-cuda-fp16. Default: ort-cpu.")]
+BenchBatch = Annotated[int | None, typer.Option("--bench-batch", help="Images an inference when timed. Default: 1.")]
+Threads = Annotated[int | None, typer.Option("--threads", help="Threads of a runtime on the CPU. Default: 1.")]
+Profile = Annotated[
+    str | None,
+    typer.Option("--profile", help="Latency profile, by name or file. Default: yours of this machine, or a new one."),
+]
+Minutes = Annotated[
+    float | None, typer.Option("--minutes", help="Minutes for measuring a profile where there is none. Default: 3.")
+]
+Classes = Annotated[int, typer.Option("--classes", help="Number of classes.")]
+Channels = Annotated[int, typer.Option("--channels", help="Channels of an image.")]
+Size = Annotated[int, typer.Option("--image-size", help="Height and width of the images, pixels.")]
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="default, or paper: the published schedule.")]
 TrainEpochs = Annotated[int | None, typer.Option("--train-epochs", help="Epochs of the dense training.")]
 Batch = Annotated[int | None, typer.Option("--batch", help="Images in a training batch.")]

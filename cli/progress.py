@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import (
     BarColumn,
@@ -17,6 +17,9 @@ from rich.progress import (
 )
 
 from .output import console, note
+
+if TYPE_CHECKING:
+    from chipdeploy.latency.profile import LatencyProfile
 
 
 class ProgressWatcher:
@@ -80,6 +83,34 @@ def watching() -> Iterator[ProgressWatcher]:
     )
     with Progress(*columns, console=screen, transient=True) as progress:
         yield ProgressWatcher(progress)
+
+
+@contextmanager
+def rounds() -> Iterator[Callable[[LatencyProfile, float], None]]:
+    """A function that says how far the measuring of a profile is: a bar, or a line a round."""
+    screen = console(stderr=True)
+    if not screen.is_terminal:
+        yield lambda profile, share: note(round_line(profile))
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[facts]}"))
+    with Progress(*columns, console=screen, transient=True) as progress:
+        task = progress.add_task("measuring a profile", total=1.0, facts="", visible=False)
+
+        def advance(profile: LatencyProfile, share: float) -> None:
+            progress.update(task, completed=share, facts=round_line(profile), visible=True)
+
+        yield advance
+
+
+def round_line(profile: LatencyProfile) -> str:
+    """`round 4: 32 networks, dense 1.13 ms, equal blocks 2 % apart`."""
+    last = profile.rounds[-1]
+    spread = last.comparison(last.variants[0]).control_spread
+    noisy = f"; NOISY: {last.noise}" if last.noise else ""
+    return (
+        f"round {len(profile.rounds)}: {len(profile.variants)} networks, dense {last.dense_ms:.3g} ms, "
+        f"equal blocks {spread:.0%} apart{noisy}"
+    )
 
 
 @contextmanager

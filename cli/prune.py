@@ -19,14 +19,32 @@ def prune(
     params: Annotated[str | None, typer.Option("--params", help="Share of the parameters that stays.")] = None,
     channels: Annotated[str | None, typer.Option("--channels", help="Share of the channels that stays.")] = None,
     volume: Annotated[str | None, typer.Option("--volume", help="Share of the activation volume that stays.")] = None,
+    latency: Annotated[
+        str | None, typer.Option("--latency", metavar="SHARE", help="Share of the dense time that stays, measured.")
+    ] = None,
+    latency_ms: options.LatencyMs = None,
+    fps: options.Fps = None,
+    on: options.On = None,
+    bench_batch: options.BenchBatch = None,
+    threads: options.Threads = None,
+    via: Annotated[
+        str | None,
+        typer.Option("--via", help="What the soft phase keeps to for a latency: latency (default), or flops."),
+    ] = None,
+    profile: options.Profile = None,
+    minutes: options.Minutes = None,
     data: options.Data = None,
     data_root: options.DataRoot = None,
     weights: Annotated[
         Path | None, typer.Option("--weights", help="Dense weights, .safetensors or .pth; without it they are trained.")
     ] = None,
     align: Annotated[
-        int | None,
-        typer.Option("--align", help="Widths in multiples of this, where the group allows; 1: free. Default: 16."),
+        str | None,
+        typer.Option(
+            "--align",
+            metavar="CHANNELS",
+            help="Widths in multiples of this; 1: free; auto: the device's stairs. Default: 16, auto for a latency.",
+        ),
     ] = None,
     min_width: Annotated[
         int | None, typer.Option("--min-width", help="Channels of which no layer that stays has fewer. Default: 1.")
@@ -56,12 +74,22 @@ def prune(
     runs: options.Runs = Path("runs"),
     json: options.Json = False,
 ) -> None:
-    """Prune a network to a budget: exactly one of --flops, --params, --channels, --volume (what stays)."""
+    """Prune a network to a budget: one of --flops, --params, --channels, --volume (what stays), or a latency.
+
+    A latency (--latency, --latency-ms or --fps) is met by measuring on the target (--on): profiled, predicted, cut,
+    timed, and corrected until the measured time is within 3 % below it.
+    """
     flags: dict[str, Any] = {
         "model": model,
         "data": data,
         "data_root": None if data_root is None else str(data_root),
         "weights": None if weights is None else str(weights),
+        "on": on,
+        "bench_batch": bench_batch,
+        "threads": threads,
+        "via": via,
+        "profile": profile,
+        "minutes": minutes,
         "align": align,
         "min_width": min_width,
         "blocks": blocks or None,
@@ -78,21 +106,28 @@ def prune(
         "seed": seed,
         "device": device,
     }
-    flags |= budget_flags({"flops": flops, "params": params, "channels": channels, "volume": volume})
+    goals = {"latency": latency, "latency_ms": latency_ms, "fps": fps}
+    flags |= budget_flags({"flops": flops, "params": params, "channels": channels, "volume": volume}, goals)
     result, folder = prune_run(flags, config, run, runs)
     if json:
         print_json({"run": str(folder), **result})
     else:
         print_result(result, folder)
+    check_met(result)
 
 
-def budget_flags(shares: dict[str, str | None]) -> dict[str, Any]:
-    """The one budget that was given, as settings. Raises UsageError for two, or one out of range."""
+def budget_flags(shares: dict[str, str | None], goals: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The one budget or latency that was given, as settings. Raises UsageError for two, or one out of range."""
     from chipdeploy.errors import UsageError
 
     given = {kind: text for kind, text in shares.items() if text is not None}
-    if len(given) > 1:
-        raise UsageError(f"one budget at a time, got {' and '.join('--' + kind for kind in given)}; keep one of them")
+    timed = {kind: value for kind, value in (goals or {}).items() if value is not None}
+    if len(given) + len(timed) > 1:
+        names = " and ".join("--" + kind.replace("_", "-") for kind in (*given, *timed))
+        raise UsageError(f"one budget at a time, got {names}; keep one of them")
+    if timed:
+        kind, value = next(iter(timed.items()))
+        return {kind: options.share(value, "--latency") if kind == "latency" else value}
     return {
         key: value
         for kind, text in given.items()
@@ -102,22 +137,27 @@ def budget_flags(shares: dict[str, str | None]) -> dict[str, Any]:
 
 def prune_run(flags: dict[str, Any], config: Path | None, run: Path | None, runs: Path) -> tuple[dict[str, Any], Path]:
     """Make or resume a run; returns its result and folder."""
-    from chipdeploy.config import PruneConfig, build, settings
+    from chipdeploy.config import LATENCY_GOALS, PruneConfig, build, settings
     from chipdeploy.errors import UsageError
 
     values = settings(PruneConfig, flags, config)
-    if "keep" not in values:
-        raise UsageError("no budget: give one of --flops, --params, --channels, --volume, e.g. --flops 0.3")
+    if not any(name in values for name in ("keep", *LATENCY_GOALS)):
+        raise UsageError("no budget: give one of --flops, --params, --channels, --volume, --latency, e.g. --flops 0.3")
     checked = build(PruneConfig, values)
 
+    from chipdeploy.latency.store import FOLDER
     from chipdeploy.pipeline import RESULT, check_budget, prepare, train_dense
     from chipdeploy.pipeline import prune as prune_network
     from chipdeploy.run import Run
 
-    from .progress import watching
+    from .progress import rounds, watching
 
     job = prepare(checked)
-    note(check_budget(checked, job))
+    with rounds() as on_round:
+        text, meeting = check_budget(checked, job, profiles=runs / FOLDER, run=run, on_round=on_round)
+    note(text)
+    if meeting and meeting.foreign:
+        note(f"note: the profile was {meeting.foreign}; what is predicted is corrected by what is measured here")
     directory = Run.create(runs, "prune", checked.model_dump(), path=run)
     with directory.locked():
         if directory.finished:
@@ -126,7 +166,24 @@ def prune_run(flags: dict[str, Any], config: Path | None, run: Path | None, runs
         note(f"run: {directory.path}")
         with watching() as watcher:
             dense = Path(checked.weights) if checked.weights else train_dense(job, runs / "dense", watcher)
-            return prune_network(checked, job, directory, dense, watcher), directory.path
+            return prune_network(checked, job, directory, dense, watcher, meeting), directory.path
+
+
+def check_met(result: dict[str, Any]) -> None:
+    """Raises TargetError where the measured time is over the goal; says so where it is far below."""
+    from chipdeploy.errors import TargetError
+
+    facts = result.get("latency")
+    if not facts:
+        return
+    wanted, got = f"{facts['goal']:.3g} of the dense time", f"{facts['ratio']:.3g}"
+    if not facts["met"]:
+        raise TargetError(
+            f"the latency was missed: {wanted} was asked for, {got} was measured; the nearest plan was kept, "
+            "try a finer --align, or a smaller network"
+        )
+    if not facts["near"]:
+        note(f"note: {wanted} was asked for, {got} was measured; no plan lies nearer in steps of {result['align']}")
 
 
 def print_result(result: dict[str, Any], folder: Path) -> None:
@@ -135,5 +192,11 @@ def print_result(result: dict[str, Any], folder: Path) -> None:
 
     screen = console()
     screen.print(render_table(summary_rows(result, None, None)))
+    if facts := result.get("latency"):
+        low, high = facts["interval"]
+        screen.print(
+            f"measured: {facts['ratio']:.3f} of the dense time (95 % {low:.3f}-{high:.3f}; goal {facts['goal']:.3g}), "
+            f"{facts['pruned_ms']:.3g} of {facts['dense_ms']:.3g} ms, {facts['target']}, batch {facts['batch']}"
+        )
     screen.print(f"run: {folder}")
     screen.print(f"next: chipdeploy export --run {quoted(folder)}")

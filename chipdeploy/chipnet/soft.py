@@ -195,8 +195,8 @@ class ChipNet(nn.Module):
     def folded(self, plan: PrunePlan | None = None) -> nn.Module:
         """A copy of the model with the gates of the channels that the plan keeps multiplied into its weights.
 
-        It is made to be cut by `plan`, by default this network's own: nothing is lost then but what the closed gates let through. Before the cut the
-        other channels stand in it at full strength.
+        It is made to be cut by `plan`, by default this network's own: nothing is lost then but what closed gates let
+        through. Before the cut the other channels stand in it at full strength.
         """
         copied = copy.deepcopy(self.model)
         parameters = dict(copied.named_parameters())

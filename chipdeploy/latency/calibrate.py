@@ -91,5 +91,5 @@ def check_reach(projector: Projector, cost: LatencyCost, share: float, dense_ms:
     if share < least / (1 + cost.spread):
         raise BudgetError(
             f"{share * dense_ms:.3g} ms is out of reach: even at the smallest widths the network takes "
-            f"{least * dense_ms:.3g} ms, {least:.2g} of the dense time; ask for {least * dense_ms * 1.05:.3g} ms or more"
+            f"{least * dense_ms:.3g} ms, {least:.2g} of the dense; ask for {least * dense_ms * 1.05:.3g} ms or more"
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import lsq_linear, nnls
+from scipy.optimize import lsq_linear, nnls  # type: ignore[import-untyped]
 from torch import Tensor
 
 from chipdeploy.chipnet.costs import Floats

@@ -51,9 +51,10 @@ def matching(graph: ChannelGraph, setting: Setting, here: Mapping[str, Any], fol
     return None
 
 
-def file_name(model: str, setting: Setting, machine: str) -> str:
-    """`resnet56-ort-cpu-b1-amd-epyc-avx2-1-core-no-gpu.json`."""
-    parts = [Path(model).stem, setting.target.name, f"b{setting.batch}", machine]
+def file_name(model: str, graph: ChannelGraph, setting: Setting, machine: str) -> str:
+    """`resnet56-3x32x32-ort-cpu-b1-t1-amd-epyc-avx2-1-core-no-gpu-1f0c9a.json`; the last part tells graphs apart."""
+    shape, threads = "x".join(map(str, setting.input_shape)), "" if setting.target.on_gpu else f"t{setting.threads}"
+    parts = [model, shape, setting.target.name, f"b{setting.batch}", threads, machine, graph_digest(graph)[:6]]
     return re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-") + ".json"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chipdeploy.errors import InputError
+from chipdeploy.files import atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,6 +56,35 @@ def channels_plot(layers: Sequence[Mapping[str, Any]], path: Path) -> None:
         # Without these two, the file would change with the day and with matplotlib's version.
         unstamped = {"Date": None, "Creator": None} if path.suffix == ".svg" else {}
         figure.savefig(path, format=path.suffix[1:], metadata=unstamped, dpi=110)
+
+
+def latency_plot(curves: Mapping[str, Mapping[str, Sequence[float]]], share: float, path: Path) -> None:
+    """Draw time over the dense one's against every budget's share, with the 95 % band and the goal, to `path` (.svg).
+
+    Args:
+        curves: `{"flops": {"keep": [...], "ratio": [...], "low": [...], "high": [...]}, ...}`.
+        share: the goal, of the dense time.
+
+    Raises:
+        InputError: there is no curve.
+    """
+    if not curves:
+        raise InputError("there are no curves to draw; give at least one")
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(SETTINGS), atomic(path) as temporary:
+        figure = Figure(figsize=(WIDTH_IN, ROW_IN + 0.6), layout="constrained")
+        for number, (axis, (kind, curve)) in enumerate(
+            zip(figure.subplots(1, len(curves), sharey=True, squeeze=False)[0], curves.items(), strict=True)
+        ):
+            axis.fill_between(curve["keep"], curve["low"], curve["high"], color=DENSE, label="95 % interval")
+            axis.plot(curve["keep"], curve["ratio"], color=PRUNED, marker="o", markersize=3, label="predicted")
+            axis.axhline(share, color=REMOVED, linestyle="--", label="goal")
+            axis.set(xlabel=f"{kind} kept", ylabel="" if number else "of the dense time", xlim=(0, 1), ylim=(0, None))
+        handles, labels = axis.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+        figure.savefig(temporary, format=path.suffix[1:], metadata={"Date": None, "Creator": None})
 
 
 def _draw(axis: Axes, layers: Sequence[Mapping[str, Any]], places: int) -> None:

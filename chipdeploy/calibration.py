@@ -1,0 +1,82 @@
+"""Latency against budgets for one model, as facts and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chipdeploy.chipnet.project import Projector
+from chipdeploy.config import PruneConfig
+from chipdeploy.errors import UsageError
+from chipdeploy.graph.trace import trace
+from chipdeploy.latency.calibrate import curves
+from chipdeploy.latency.profiling import OnRound
+from chipdeploy.meeting import arrange, step, wanted_goal
+from chipdeploy.report.plots import latency_plot
+from chipdeploy.run import make_folder, write_json
+from chipdeploy.training.models import build_model
+
+JSON, PICTURE = "calibration.json", "calibration.svg"
+
+
+def calibrate_model(
+    config: PruneConfig,
+    *,
+    classes: int = 10,
+    channels: int = 3,
+    image_size: int = 32,
+    profiles: Path,
+    out: Path | None = None,
+    on_round: OnRound | None = None,
+    on_point: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """The budgets that give the latency of a configuration, each with its interval, and the whole curves.
+
+    Args:
+        config: model, goal, target, profile.
+        profiles: where a profile is looked for, and kept if one must be measured.
+        out: a folder for the facts and the picture; both are written whole or not at all.
+
+    Raises:
+        UsageError: no goal, or one that is met already. BudgetError: one out of reach.
+        RunError: a profile that is damaged, or of something else.
+    """
+    if wanted_goal(config) is None:
+        raise UsageError("no latency: give one of --latency, --latency-ms, --fps, e.g. --latency 0.5")
+    model = build_model(config.model, num_classes=classes, in_channels=channels, image_size=image_size)
+    example = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    graph = trace(model, example, exclude=config.exclude)
+    meeting = arrange(config, model, graph, folder=profiles, on_round=on_round)
+    assert meeting and meeting.goal
+    profile, align = meeting.profile, step(config, meeting, graph)
+    cost = profile.cost(graph)
+    found = curves(graph, cost, align, on_point=on_point)
+    least = cost.count(Projector(graph, cost, align).smallest_widths)
+    goal = meeting.goal
+    flag = {"ratio": "--latency", "ms": "--latency-ms", "fps": "--fps"}[goal.kind]
+    facts: dict[str, Any] = {
+        "model": config.model,
+        "goal": meeting.text(),
+        "share": meeting.share,
+        "dense_ms": profile.dense_ms,
+        "align": align,
+        "spread": cost.spread,
+        "machine": profile.machine,
+        "foreign": meeting.foreign,
+        "smallest": {"ratio": least, "ms": least * profile.dense_ms},
+        "budgets": {
+            curve.kind: {"keep": at[0], "interval": [at[1], at[2]]}
+            for curve in found
+            for at in (curve.at(meeting.share),)
+        },
+        "curves": {curve.kind: curve.to_dict() for curve in found},
+        "flags": f"{flag} {goal.value:g} --on {config.on}",
+    }
+    if out:
+        make_folder(out)
+        latency_plot(facts["curves"], meeting.share, out / PICTURE)
+        write_json(out / JSON, facts)
+    return facts

@@ -1,0 +1,157 @@
+"""A pruning run with a latency for its goal: the profile it goes by, the budget that follows, the plan that holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from chipdeploy.chipnet.project import Projector
+from chipdeploy.chipnet.soft import LATENCY, Budget, ChipNet
+from chipdeploy.config import DEFAULT_ALIGN, PruneConfig
+from chipdeploy.engines.target import Target
+from chipdeploy.graph.channels import ChannelGraph, Mask
+from chipdeploy.latency.calibrate import check_reach, curves
+from chipdeploy.latency.environment import environment
+from chipdeploy.latency.goal import Goal
+from chipdeploy.latency.meet import Met, OnTry, meet
+from chipdeploy.latency.profile import LatencyProfile
+from chipdeploy.latency.profiling import OnRound, measure_profile
+from chipdeploy.latency.rig import Rig, Setting
+from chipdeploy.latency.store import by_name, file_name, matching
+from chipdeploy.run import Run, make_folder
+
+PROFILE, MEASURED = "profile.json", "latency.json"
+VIA_FLOPS = "flops"
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What a run knows of its device.
+
+    Args:
+        goal: None where the profile is only asked for its stairs.
+        profile: measured, or found.
+        foreign: why the profile is not of this machine; empty where it is.
+    """
+
+    goal: Goal | None
+    profile: LatencyProfile
+    via: str
+    foreign: str = ""
+
+    @property
+    def share(self) -> float:
+        """The goal over the dense time."""
+        assert self.goal
+        return self.goal.share(self.profile.dense_ms, self.profile.setting.batch)
+
+    def budget(self, graph: ChannelGraph, align: int) -> Budget:
+        """What the soft phase keeps to: the latency itself, or the FLOPs that are predicted to give it."""
+        if self.via != VIA_FLOPS:
+            return Budget(LATENCY, self.share)
+        curve = curves(graph, self.profile.cost(graph), align, kinds=(VIA_FLOPS,))[0]
+        return Budget(VIA_FLOPS, min(0.99, curve.at(self.share)[0]))
+
+    def settle(self, model: nn.Module, chip: ChipNet, on_try: OnTry | None = None) -> Met:
+        """The plan whose measured time meets the goal, by the ranking that `chip` has learnt."""
+        cost = self.profile.cost(chip.graph)
+        projector, scores = chip.projector, chip.scores()
+        smallest = projector.smallest
+
+        def propose(keep: float) -> Mask:
+            return projector.project(scores, min(0.9999, max(keep, smallest)))
+
+        with Rig(model, chip.graph, self.profile.setting) as rig:
+            return meet(rig, cost, propose, self.share, on_try=on_try)
+
+    def text(self) -> str:
+        """One line: the goal, in ms and as a share, and where."""
+        assert self.goal
+        return f"{self.goal.text(self.profile.dense_ms, self.profile.setting.batch)} ({self.profile.setting.name})"
+
+
+def wanted_goal(config: PruneConfig) -> Goal | None:
+    """The latency that a configuration asks for. Raises UsageError for two."""
+    return Goal.of(config.latency, config.latency_ms, config.fps)
+
+
+def arrange(
+    config: PruneConfig,
+    model: nn.Module,
+    graph: ChannelGraph,
+    *,
+    folder: Path,
+    run: Path | None = None,
+    on_round: OnRound | None = None,
+) -> Meeting | None:
+    """Find or measure the profile that a configuration needs; None where it needs none.
+
+    A run that was begun goes on by its own profile; otherwise the one that is named, then the user's own of this
+    machine, and where there is none, one is measured and kept in `folder`.
+
+    Raises:
+        UsageError: two goals, or one that is met already. BudgetError: one out of reach.
+        RunError: a profile that is damaged, or of something else.
+    """
+    goal = wanted_goal(config)
+    if goal is None and config.align != "auto":
+        return None
+    shape = tuple(graph.input_shape[1:])
+    setting = Setting(Target.parse(config.on), config.bench_batch, shape, config.threads)
+    here = environment()
+    profile = _found(config, graph, setting, here, folder, run)
+    if profile is None:
+        make_folder(folder)
+        path = folder / file_name(config.model, graph, setting, str(here["machine"]))
+        profile = measure_profile(
+            model, graph, setting, name=config.model, minutes=config.minutes, path=path, on_round=on_round
+        )
+    profile.check_graph(graph)
+    profile.check_setting(setting)
+    meeting = Meeting(goal, profile, config.via, profile.foreign(here))
+    if goal:
+        cost = profile.cost(graph)
+        align = step(config, meeting, graph)
+        projector = Projector(graph, cost, align, min_width=config.min_width, blocks=config.blocks)
+        check_reach(projector, cost, meeting.share, profile.dense_ms)
+    return meeting
+
+
+def step(config: PruneConfig, meeting: Meeting | None = None, graph: ChannelGraph | None = None) -> int:
+    """Channels by which widths go: what was asked for, or the stairs that the profile shows."""
+    if isinstance(config.align, int):
+        return config.align
+    return meeting.profile.align(graph) if meeting and graph else DEFAULT_ALIGN
+
+
+def _found(
+    config: PruneConfig, graph: ChannelGraph, setting: Setting, here: dict[str, Any], folder: Path, run: Path | None
+) -> LatencyProfile | None:
+    if run and (run / PROFILE).is_file():
+        return LatencyProfile.load(run / PROFILE)
+    if config.profile:
+        return by_name(config.profile, folder)
+    return matching(graph, setting, here, folder)
+
+
+def keep_profile(run: Run, meeting: Meeting | None) -> None:
+    """The run's own copy: resumed years later, it goes by the same figures."""
+    if meeting and not run.file(PROFILE).is_file():
+        meeting.profile.save(run.file(PROFILE))
+
+
+def latency_facts(meeting: Meeting, met: dict[str, Any]) -> dict[str, Any]:
+    """What a result says of the latency: no raw times, these are in `latency.json`."""
+    profile = meeting.profile
+    facts = {key: value for key, value in met.items() if key != "confirmation"}
+    return facts | {
+        "target": profile.setting.target.name,
+        "batch": profile.setting.batch,
+        "threads": profile.setting.threads,
+        "via": meeting.via,
+        "profile_machine": profile.machine,
+        "foreign": meeting.foreign,
+    }

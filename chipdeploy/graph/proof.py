@@ -89,15 +89,21 @@ class Trials:
 
     def _in_training(self, graph: ChannelGraph) -> Failure | None:
         """Where the network trains its cut must, too: eval mode leaves out parts such as auxiliary heads."""
-        network = self._networks[0]
-        small = hard_prune(network, graph, PrunePlan.from_mask(graph, random_mask(graph, 1, 0.4))).train()
         on_gpu = [self.inputs[0].device] if self.inputs[0].is_cuda else []
         with torch.no_grad(), torch.random.fork_rng(on_gpu):
-            try:
-                _run(small, self.larger)
-            except Stopped as found:
-                if _runs(copy.deepcopy(network).train(), self.larger):
-                    return Failure(f"in train mode {found.text}", found.path, training=True)
+            found = self._trained(graph, random_mask(graph, 1, 0.4))
+            if found is None or not _runs(copy.deepcopy(self._networks[0]).train(), self.larger):
+                return None
+            dead = self._trained(graph, random_mask(graph, 1, 0.0)) is None
+        return Failure(f"in train mode {found.text}", found.path, dead, training=True)
+
+    def _trained(self, graph: ChannelGraph, mask: Mask) -> Stopped | None:
+        """What stops a cut network in train mode."""
+        small = hard_prune(self._networks[0], graph, PrunePlan.from_mask(graph, mask)).train()
+        try:
+            _run(small, self.larger)
+        except Stopped as stopped:
+            return stopped
         return None
 
 

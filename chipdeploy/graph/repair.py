@@ -10,18 +10,20 @@ from chipdeploy.graph.rules.base import Doubt, Tracing, nodes_of
 from chipdeploy.graph.settle import follow_attributes
 
 
-def repair(tracing: Tracing, failure: Failure, graph: ChannelGraph, banned: set[str]) -> bool:
-    """Pin what a failed cut went through, or forbid the branches; False when there is nothing left to try."""
+def repair(tracing: Tracing, failure: Failure, graph: ChannelGraph, banned: dict[str, type | None]) -> bool:
+    """Pin what a failed cut went through, or forbid the branches; False when there is nothing left to try.
+
+    `banned`: the ends of forbidden branches, with the kind of the module that failed; added to.
+    """
     if failure.dead and graph.branches:
-        return _ban(failure, graph, banned)
+        return _ban(tracing, failure, graph, banned)
     for path in [] if failure.path is None else _upwards(failure.path):
         kind = type(tracing.model.get_submodule(path))
         if kind.__module__.startswith("torch.nn."):  # a layer that was given a wrong width by the module around it
             continue
         if follow_attributes(tracing, kind):
             return True
-        # What fails in one block of a kind fails in all of them.
-        alike = [name for name, module in tracing.model.named_modules() if type(module) is kind]
+        alike = _alike(tracing, kind)
         for blamed in (_doubts(tracing, alike), _inputs(tracing, alike)):
             if blamed and any(doubt.path == path for doubt in blamed):
                 _pin(tracing, blamed)
@@ -58,15 +60,34 @@ def _inputs(tracing: Tracing, paths: list[str]) -> list[Doubt]:
     return found
 
 
-def _ban(failure: Failure, graph: ChannelGraph, banned: set[str]) -> bool:
-    """Forbid the branches that the failing module takes part in, or all of them."""
-    path = failure.path
-    kinds = [] if path is None else [_around, _beside]
-    found = ({b.end for b in graph.branches if any(near(path or "", m) for m, _ in b.stubs)} for near in kinds)
+def _ban(tracing: Tracing, failure: Failure, graph: ChannelGraph, banned: dict[str, type | None]) -> bool:
+    """Forbid the branches that the failing module takes part in, or all of them.
+
+    When a second module of a kind fails, all of the kind are taken to: deep networks have many.
+    """
+    paths = [] if failure.path is None else [failure.path]
+    kind = _kind(tracing, failure.path or "")
+    if kind is not None and kind in banned.values():
+        paths = _alike(tracing, kind)
+    found = (
+        {branch.end for branch in graph.branches if any(near(path, stub) for path in paths for stub, _ in branch.stubs)}
+        for near in (_around, _beside)
+    )
     # The nearest that are found at all; where nothing is near, no branch may go.
-    new = next((ends for ends in found if ends), {branch.end for branch in graph.branches}) - banned
-    banned |= new
+    new = next((ends for ends in found if ends), {branch.end for branch in graph.branches})
+    banned.update(dict.fromkeys(new, kind))
     return bool(new)
+
+
+def _kind(tracing: Tracing, path: str) -> type | None:
+    """Of the module, or of the nearest around it that is no layer of PyTorch's; None for the whole model."""
+    kinds = (type(tracing.model.get_submodule(place)) for place in _upwards(path) if place)
+    return next((kind for kind in kinds if not kind.__module__.startswith("torch.nn.")), None)
+
+
+def _alike(tracing: Tracing, kind: type) -> list[str]:
+    """Paths of all modules of a kind: what fails in one of them fails in all."""
+    return [name for name, module in tracing.model.named_modules() if type(module) is kind]
 
 
 def _around(path: str, other: str) -> bool:

@@ -26,7 +26,7 @@ from chipdeploy.graph.channels import (
     Tally,
 )
 from chipdeploy.graph.labels import Ints, Labels
-from chipdeploy.graph.proof import Failure, Trials
+from chipdeploy.graph.proof import Failure, Trials, evaluating
 from chipdeploy.graph.repair import repair
 from chipdeploy.graph.rules import RULES, Denied, Tracing
 from chipdeploy.graph.rules.base import Flow, op_name, tensor_arguments
@@ -82,7 +82,7 @@ def _search(
         _walk_training(tracing, trained)
     settle(tracing, exclude)
     output = next(node for node in program.graph.nodes if node.op == "output")
-    banned: set[str] = set()
+    banned: dict[str, type | None] = {}
     whole, failure = False, Failure("", None)
     for _ in range(MOST_TRIALS):
         branches = find_branches(tracing, output, banned)
@@ -117,7 +117,7 @@ def export_program(model: nn.Module, inputs: tuple[Tensor, ...], *, training: bo
     Raises:
         ModelError: the model cannot be traced, with the first line of the cause.
     """
-    with _handed_back(model), quiet():
+    with evaluating(model), _handed_back(model), quiet():
         try:
             return torch.export.export(model.train(training), inputs)
         except Exception as error:  # the exporter raises many kinds; each means the same to the user
@@ -131,14 +131,14 @@ def export_program(model: nn.Module, inputs: tuple[Tensor, ...], *, training: bo
 
 @contextmanager
 def _handed_back(model: nn.Module) -> Iterator[None]:
-    """Modes and attributes are as before afterwards: a forward may keep what it has computed, here without values."""
-    before = [(module, dict(vars(module))) for module in model.modules()]
+    """No attributes are left that a forward made: in an export they have no values. The exporter resets old ones."""
+    before = [(module, set(vars(module))) for module in model.modules()]
     try:
         yield
     finally:
-        for module, own in before:
-            vars(module).clear()
-            vars(module).update(own)
+        for module, names in before:
+            for name in set(vars(module)) - names:
+                del vars(module)[name]
 
 
 def _walk(model: nn.Module, program: ExportedProgram, inputs: tuple[Tensor, ...]) -> Tracing:

@@ -141,6 +141,20 @@ def test_cuts_are_tried_with_another_number_of_images():
         assert small(torch.randn(5, 3, 16, 16)).shape == (5, 4)
 
 
+def test_deep_networks_are_repaired_all_blocks_of_a_kind_at_once():
+    def mixed(net, x):
+        tokens = x.flatten(2).transpose(1, 2)
+        for mixer in net.mixers:
+            y, _ = mixer(tokens)
+            tokens = tokens + y
+        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+
+    blocks = 30
+    graph = trace(Net(mixed, mixers=nn.ModuleList(Mixer() for _ in range(blocks))), EXAMPLE)
+    assert {f"mixers.{number}.down" for number in range(blocks)} <= free(graph)
+    assert not graph.branches
+
+
 def test_a_network_of_one_batch_size_is_tried_at_that():
     taken = Trials(Net(lambda _, x: x), (EXAMPLE,))
     fixed = Net(lambda _, x: x.reshape(2, -1, 196).relu().reshape(2, -1, 14, 14))

@@ -41,7 +41,8 @@ def reshape(tracing: Tracing, node: Node) -> Ints | None:
 @rule("view_as", "reshape_as")
 def reshape_as(tracing: Tracing, node: Node) -> Ints | None:
     """As many channels as another tensor has: they are one with its own."""
-    return meet(tracing, (reshape(tracing, node), shape(node)), (tracing.flow(node.args[1]), shape(node)))
+    own = cast("Ints | None", reshape(tracing, node))
+    return meet(tracing, (own, shape(node)), (tracing.flow(node.args[1]), shape(node)))
 
 
 def reshaped(tracing: Tracing, flow: Ints, before: tuple[int, ...], after: tuple[int, ...]) -> Ints:

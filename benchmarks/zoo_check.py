@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from zoo_nets import GAINS, Net, build, build_on_meta, images, parameters, randomize
+from zoo_nets import GAINS, Net, build, build_on_meta, images, parameters
 
 from chipdeploy.chipnet.costs import CostModel
 from chipdeploy.errors import ChipdeployError, ExportError, ModelError, VerificationError
@@ -21,6 +21,7 @@ from chipdeploy.export.onnx import OnnxFile, export_onnx
 from chipdeploy.export.verify import verify_onnx
 from chipdeploy.graph.channels import KEPT, ChannelGraph, Layer, Mask
 from chipdeploy.graph.gating import Gating, gated_call
+from chipdeploy.graph.loud import randomize
 from chipdeploy.graph.plan import PrunePlan, group_widths
 from chipdeploy.graph.proof import random_mask
 from chipdeploy.graph.surgery import hard_prune

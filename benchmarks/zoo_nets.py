@@ -1,4 +1,4 @@
-"""The networks of the zoo: the committed list and how it was made, how each is built, and weights that hide nothing.
+"""The networks of the zoo: the committed list and how it was made, and how each is built.
 
 The list holds all of torchvision's classifiers, and of timm the smallest network of every model file, and MORE.
 """
@@ -6,7 +6,6 @@ The list holds all of torchvision's classifiers, and of timm the smallest networ
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -173,38 +172,6 @@ def build_on_meta(net: Net) -> Any:
 def images(size: int, count: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random images [count, 3, size, size]."""
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def randomize(model: nn.Module, gain: float, seed: int = 0) -> None:
-    """Weights of which nothing is zero, small or alike, in place: what a cut does wrong must show in the output.
-
-    Weights of layers get a standard deviation of gain / √fan_in. Biases, norms' affines, layer scales and gains are
-    0.3 ± 0.5, statistics of norms random, tables of positions and tokens ± 0.5.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    seen: set[int] = set()
-    with torch.no_grad():
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if id(parameter) not in seen and parameter.is_floating_point():
-                    seen.add(id(parameter))
-                    _fill(module, name, parameter, gain, draw)
-            for name, buffer in module.named_buffers(recurse=False):
-                if name == "running_mean":
-                    buffer.copy_(torch.randn(buffer.shape, generator=draw) * 0.3)
-                if name == "running_var":
-                    buffer.copy_(torch.rand(buffer.shape, generator=draw) + 0.5)
-
-
-def _fill(module: nn.Module, name: str, parameter: Tensor, gain: float, draw: torch.Generator) -> None:
-    noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64).to(parameter.dtype)
-    layer = isinstance(module, nn.Linear | nn.RNNBase | nn.modules.conv._ConvNd) or "weight" in name
-    if parameter.numel() == max(parameter.shape, default=1):
-        parameter.copy_(noise * 0.5 + 0.3)
-    elif layer:
-        parameter.copy_(noise * gain / math.sqrt(parameter[0].numel()))
-    else:
-        parameter.copy_(noise * 0.5)
 
 
 def _torchvision() -> Iterator[Net]:

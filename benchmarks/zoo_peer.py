@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo_check import EXACT, Row, Save, one_line
-from zoo_nets import CLASSES, Net, build, images, parameters, randomize
+from zoo_nets import CLASSES, Net, build, images, parameters
+
+from chipdeploy.graph.loud import randomize
 
 RATIO = 0.3
 Kept = dict[str, list[Tensor]]  # of every parameter, the positions that are left along each dimension

@@ -57,10 +57,10 @@ all of their blocks. For ONNX, half of each group is kept, every second branch g
 PyTorch. *Can go* is the share that the smallest legal cut saves: how much is in reach, not how much is wise. Seconds
 are of one thread.
 
-Torch-Pruning removes 30 % of the channels of the same network with the same weights, as its own examples do it; the
-result is compared with the dense network in which all that it removed is zero. ¹ equal only where layer norms, RMS
-norms and attention scales of the masked network see the living channels alone, as ours do. *Wrong* may also mean that
-the network's own code takes statistics over channels, of which there are fewer now."""
+Torch-Pruning removes 30 % of the channels of the same network with random weights of the same kind, as its own examples
+do it; the result is compared with the dense network in which all that it removed is zero. ¹ equal only where layer
+norms, RMS norms and attention scales of the masked network see the living channels alone, as ours do. *Wrong* may also
+mean that the network's own code takes statistics over channels, of which there are fewer now."""
 RUNS = ("equal", "equal-living", "wrong", "unpruned", "untold")
 
 

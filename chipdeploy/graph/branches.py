@@ -70,6 +70,27 @@ class BranchUse:
     folds: tuple[tuple[str, float], ...] = ()
 
 
+class _Makers:
+    """The free channels, as roots, that each layer makes."""
+
+    def __init__(self, tracing: Tracing) -> None:
+        outputs: dict[Node, list[Ints]] = {}
+        for layer in tracing.layers:
+            if not layer.mult:
+                outputs.setdefault(layer.node, []).append(layer.out_labels.reshape(-1))
+        made = {node: np.unique(tracing.labels.roots(np.concatenate(labels))) for node, labels in outputs.items()}
+        self._made = {node: roots[tracing.labels.free(roots)] for node, roots in made.items()}
+        self._times = np.bincount(self._all(self._made))  # how many layers make a channel
+
+    def inside(self, dead: frozenset[Node]) -> frozenset[int]:
+        """Roots of the free channels that only layers of a branch make."""
+        roots, times = np.unique(self._all(dead), return_counts=True)
+        return frozenset(roots[times == self._times[roots]].tolist())
+
+    def _all(self, nodes: Iterable[Node]) -> Ints:
+        return np.concatenate([np.zeros(0, np.int64), *(self._made[node] for node in nodes if node in self._made)])
+
+
 def find_branches(tracing: Tracing, output: Node, banned: Collection[str] = ()) -> list[BranchUse]:
     """Every branch that can go, innermost first; of overlapping ones only the smallest is kept.
 
@@ -82,6 +103,7 @@ def find_branches(tracing: Tracing, output: Node, banned: Collection[str] = ()) 
         for node in candidates
         if node in alive and node.name not in banned
     ]
+    makers = _Makers(tracing)
     found: list[BranchUse] = []
     ends: set[Node] = set()
     for node, dead in sorted(dead_sets, key=lambda pair: len(pair[1])):
@@ -90,15 +112,20 @@ def find_branches(tracing: Tracing, output: Node, banned: Collection[str] = ()) 
         # The input must reach the output even when every branch is gone.
         if not any(_is_input(tracing, member) for member in _ancestors([output], without=ends | {node})):
             continue
-        branch = _describe(tracing, node, dead)
+        branch = _describe(tracing, makers, node, dead)
         if branch is not None:
             found.append(branch)
             ends.add(node)
-    return [*found, *_scalers(tracing, alive, found, output, banned)]
+    return [*found, *_scalers(tracing, makers, alive, found, output, banned)]
 
 
 def _scalers(
-    tracing: Tracing, alive: set[Node], found: list[BranchUse], output: Node, banned: Collection[str]
+    tracing: Tracing,
+    makers: _Makers,
+    alive: set[Node],
+    found: list[BranchUse],
+    output: Node,
+    banned: Collection[str],
 ) -> Iterator[BranchUse]:
     """Modules that multiply their input by what they squeeze out of it, outside of branches that go anyway."""
     taken = frozenset().union(*(branch.nodes for branch in found))
@@ -106,12 +133,12 @@ def _scalers(
         users = [user for user in end.users if op_name(user) == "mul"]
         if end in alive and end.name not in banned and len(end.users) == len(users) == 1:
             dead = frozenset(alive - _ancestors([output], without={end}))
-            branch = None if dead & taken else _scaler(tracing, end, users[0], dead)
+            branch = None if dead & taken else _scaler(tracing, makers, end, users[0], dead)
             if branch is not None:
                 yield branch
 
 
-def _scaler(tracing: Tracing, end: Node, product: Node, dead: frozenset[Node]) -> BranchUse | None:
+def _scaler(tracing: Tracing, makers: _Makers, end: Node, product: Node, dead: frozenset[Node]) -> BranchUse | None:
     """A squeeze-and-excitation module as a branch: without its inside it scales by a constant, which the layers that
     read its output take into their weights."""
     path = tracing.owner(product)[0]
@@ -127,7 +154,7 @@ def _scaler(tracing: Tracing, end: Node, product: Node, dead: frozenset[Node]) -
     tail = () if bias is None else (tracing.tensor_name(bias),)
     elsewhere = {name for user, names in tracing.tensors_of.items() if user not in dead for name in names}
     shared = [name for user, names in tracing.tensors_of.items() if user not in readers for name in names]
-    inside = _made_inside(tracing, dead)
+    inside = makers.inside(dead)
     if not inside or elsewhere & set(tail) or set(shared) & set(weights) or len(set(weights)) < len(weights):
         return None
     return BranchUse(dead, inside, ((path, "pass"),), tail, end.name, tuple((name, factor) for name in weights))
@@ -165,9 +192,9 @@ def _is_input(tracing: Tracing, node: Node) -> bool:
     return node.op == "placeholder" and node.name not in tracing.tensors
 
 
-def _describe(tracing: Tracing, end: Node, dead: frozenset[Node]) -> BranchUse | None:
+def _describe(tracing: Tracing, makers: _Makers, end: Node, dead: frozenset[Node]) -> BranchUse | None:
     """The branch that ends in `end`, or None when it cannot be removed exactly."""
-    inside = _made_inside(tracing, dead)
+    inside = makers.inside(dead)
     if not inside:
         return None
     summed = any(op_name(user) == "add" for user in end.users)
@@ -183,19 +210,6 @@ def _describe(tracing: Tracing, end: Node, dead: frozenset[Node]) -> BranchUse |
     if stubs is None and last is not None:
         stubs = _still(tracing, dead, last)
     return None if stubs is None else BranchUse(dead, inside, stubs, affine, end.name)
-
-
-def _made_inside(tracing: Tracing, dead: frozenset[Node]) -> frozenset[int]:
-    """Roots of the free channels that only layers of the branch make."""
-    made: dict[bool, list[Ints]] = {True: [], False: []}
-    for layer in tracing.layers:
-        if not layer.mult:
-            made[layer.node in dead].append(layer.out_labels.reshape(-1))
-    ours, others = (
-        np.unique(tracing.labels.roots(np.concatenate([np.zeros(0, np.int64), *made[own]]))) for own in (True, False)
-    )
-    ours = ours[~np.isin(ours, others)]
-    return frozenset(ours[tracing.labels.free(ours)].tolist())
 
 
 def _tail(tracing: Tracing, end: Node, dead: frozenset[Node]) -> tuple[tuple[str, ...], Node] | None:
@@ -301,9 +315,9 @@ def _same_channels(tracing: Tracing, nodes: frozenset[Node]) -> bool:
     if not all(isinstance(node.meta.get("val"), Tensor) for node in (one, other)) or shape(one) != shape(other):
         return False
     flows = [tracing.flow(node) for node in (one, other)]
-    if any(flow is None for flow in flows):
-        return flows[0] is None and flows[1] is None
-    return np.array_equal(cast(Ints, flows[0]), cast(Ints, flows[1]))
+    if all(flow is None or not tracing.labels.free(flow).any() for flow in flows):
+        return True
+    return all(flow is not None for flow in flows) and np.array_equal(cast(Ints, flows[0]), cast(Ints, flows[1]))
 
 
 def _keeps_shape(tracing: Tracing, path: str, dead: frozenset[Node]) -> bool:

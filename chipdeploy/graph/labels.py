@@ -51,7 +51,7 @@ class Labels:
             low, high = np.minimum(a, b)[differ], np.maximum(a, b)[differ]
             # Several partners of one root: the smallest is taken now, the others are found different again.
             np.minimum.at(self._parents, high, low)
-            joined.append(high)
+            joined.append(high[self._reason[high] > 0])
             a, b = self.roots(a), self.roots(b)
         if joined:
             self._move_reasons(np.unique(np.concatenate(joined)))
@@ -74,9 +74,9 @@ class Labels:
 
     def pin(self, labels: Ints, reason: str) -> None:
         """Forbid cutting these channels; the first reason given to a class stays."""
-        roots = np.unique(self.roots(labels))
+        roots = self.roots(labels)
         free = roots[self._reason[roots] == 0]
-        if len(free):
+        if free.size:
             self._texts.append(reason)
             self._reason[free] = len(self._texts)
 
@@ -90,9 +90,8 @@ class Labels:
         found: NDArray[np.bool_] = self._reason[self.roots(labels)] == 0
         return found
 
-    def _move_reasons(self, dropped: Ints) -> None:
+    def _move_reasons(self, pinned: Ints) -> None:
         """The reasons of roots that are none any more go to their new ones; the earliest reason wins."""
-        pinned = dropped[self._reason[dropped] > 0]
         roots, place = np.unique(self.roots(pinned), return_inverse=True)
         now = self._reason[roots]
         earliest = np.where(now == 0, np.iinfo(np.int64).max, now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,14 +15,16 @@ from torch.utils import _pytree as pytree
 from chipdeploy.errors import InputError, ModelError
 from chipdeploy.graph.channels import ChannelGraph, Mask
 from chipdeploy.graph.gating import Gating, gated_call
+from chipdeploy.graph.loud import randomize
 from chipdeploy.graph.plan import PrunePlan
-from chipdeploy.graph.rules.base import Doubt, Tracing, nodes_of
-from chipdeploy.graph.settle import follow_attributes
 from chipdeploy.graph.surgery import hard_prune
 
-# Of the largest output. Right cuts are off by 1e-6 in float32; a quiet network's output hears little of a wrong one.
+Inputs = tuple[Tensor, ...]
+# Of the largest output. Right cuts are off by 1e-6 in float32; more is computed once again in float64.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
 COARSE = 1e-2  # for any other type
+# What networks raise on tensors that they were not made for.
+ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -30,22 +33,85 @@ class Failure:
 
     text: str
     path: str | None  # the module whose forward could not follow; None where the outputs differ
-    dead: bool  # branches were gone
-    vanished: bool  # so were groups outside branches
+    dead: bool = False  # branches were gone
+    vanished: bool = False  # so were groups outside branches
+    training: bool = False  # only in train mode
 
 
-def try_cut(model: nn.Module, graph: ChannelGraph, inputs: tuple[Tensor, ...]) -> Failure | None:
-    """Cut the model by a few plans and compare with the gated model on `inputs`, in eval mode.
+class Stopped(Exception):
+    """A network that does not run, or another one than it should be."""
+
+    def __init__(self, text: str, path: str | None = None) -> None:
+        super().__init__(text)
+        self.text, self.path = text, path
+
+
+class Trials:
+    """A network cut by a few plans and compared with its gated self, in eval mode.
 
     Rules decide what may be cut; this looks at what they cannot see, such as numbers written into the forward pass.
+    Both networks compute with loud weights, and with their own only where those overflow. The first plan is tried on
+    the example, the others on one image more where the network takes that: it may take the batch apart, too.
     On the meta device only shapes are compared.
     """
-    gating = Gating(graph, inputs[0].device)
-    for trial in _trials(graph):
-        text, path = _attempt(model, graph, gating, trial.mask, inputs)
-        if text is not None:
-            return Failure(text, path, trial.dead, trial.vanished)
-    return None
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self._networks = (model,) if inputs[0].is_meta else (randomize(copy.deepcopy(model)).eval(), model)
+        more = _one_more(inputs)
+        with torch.no_grad(), evaluating(model):
+            self.larger = more if _runs(self._networks[0], more) else inputs
+
+    def failure(self, graph: ChannelGraph) -> Failure | None:
+        """The first cut that goes wrong."""
+        gating = Gating(graph, self.inputs[0].device)
+        for number, trial in enumerate(_trials(graph)):
+            try:
+                self._compare(graph, gating, trial.mask, self.larger if number else self.inputs)
+            except Stopped as found:
+                return Failure(found.text, found.path, trial.dead, trial.vanished)
+        return self._in_training(graph)
+
+    def _compare(self, graph: ChannelGraph, gating: Gating, mask: Mask, inputs: Inputs) -> None:
+        """Raises Stopped where the cut network does not run or differs."""
+        for network in self._networks:
+            with torch.no_grad(), evaluating(network):
+                gap = _gap(network, graph, gating, mask, inputs)
+            if gap is not None:
+                break
+        if gap is None:
+            raise Stopped("the network's output is not finite on the example: check its weights and the example")
+        if gap > 0:
+            raise Stopped(
+                f"the cut network differs from the gated one by {gap:.1e} of its largest output; the forward holds "
+                "numbers of channels, or is random, and chipdeploy cannot follow: take numbers from tensors' shapes"
+            )
+
+    def _in_training(self, graph: ChannelGraph) -> Failure | None:
+        """Where the network trains its cut must, too: eval mode leaves out parts such as auxiliary heads."""
+        on_gpu = [self.inputs[0].device] if self.inputs[0].is_cuda else []
+        with torch.no_grad(), torch.random.fork_rng(on_gpu):
+            found = self._trained(graph, random_mask(graph, 1, 0.4))
+            if found is None or not _runs(copy.deepcopy(self._networks[0]).train(), self.larger):
+                return None
+            dead = self._trained(graph, random_mask(graph, 1, 0.0)) is None
+        return Failure(f"in train mode {found.text}", found.path, dead, training=True)
+
+    def _trained(self, graph: ChannelGraph, mask: Mask) -> Stopped | None:
+        """What stops a cut network in train mode."""
+        small = hard_prune(self._networks[0], graph, PrunePlan.from_mask(graph, mask)).train()
+        try:
+            _run(small, self.larger)
+        except Stopped as stopped:
+            return stopped
+        return None
+
+
+def prove(model: nn.Module, graph: ChannelGraph, example: Tensor | Inputs) -> None:
+    """Raises ModelError where a cut of the model would not equal its gated self on `example`."""
+    failure = Trials(model, example if isinstance(example, tuple) else (example,)).failure(graph)
+    if failure is not None:
+        raise ModelError(failure.text)
 
 
 @dataclass(frozen=True)
@@ -74,115 +140,39 @@ def _trials(graph: ChannelGraph) -> Iterator[Trial]:
         yield Trial(empty, dead=bool(graph.branches), vanished=True)
 
 
-def _attempt(
-    model: nn.Module, graph: ChannelGraph, gating: Gating, mask: Mask, inputs: tuple[Tensor, ...]
-) -> tuple[str | None, str | None]:
-    """Why a cut failed and in which module; (None, None) for one that equals its gated self."""
-    gates = torch.from_numpy(mask).to(inputs[0].device, _dtype(model))
+def _gap(network: nn.Module, graph: ChannelGraph, gating: Gating, mask: Mask, inputs: Inputs) -> float | None:
+    """Difference of gated and cut network over the largest output, 0 where it is rounding; None where the gated
+    network's output is not finite.
+
+    Raises:
+        Stopped: one of them does not run, or the plan is none.
+    """
+    gates = torch.from_numpy(mask).to(inputs[0].device, _dtype(network))
     try:
-        small = hard_prune(model, graph, PrunePlan.from_mask(graph, mask)).eval()
+        small = hard_prune(network, graph, PrunePlan.from_mask(graph, mask)).eval()
     except InputError as error:
-        return str(error), None
-    with torch.no_grad(), evaluating(model):
-        got, failed = _run(small, inputs)
-        if failed is not None:
-            return _cannot_follow(*failed), failed[0]
-        try:
-            expected = gated_call(model, gating, gates, *inputs)
-        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, ModelError) as error:
-            return f"the gated network does not run: {_first_line(error)}", None
+        raise Stopped(str(error)) from error
+    got = _run(small, inputs)
+    try:
+        expected = gated_call(network, gating, gates, *_copies(inputs))
+    except (*ERRORS, ModelError) as error:
+        raise Stopped(f"the gated network does not run: {_first_line(error)}") from error
+    if not _finite(expected):
+        return None
     gap = difference(expected, got)
     if gap <= TOLERANCES.get(gates.dtype, COARSE):
-        return None, None
-    return (
-        f"the cut network differs from the gated one by {gap:.1e} of its largest output; the forward holds "
-        "numbers of channels, or is random, and chipdeploy cannot follow: take numbers from tensors' shapes"
-    ), None
+        return 0.0
+    precise = None if gates.dtype == torch.float64 else _in_double(network, graph, gating, mask, inputs)
+    return gap if precise is None else precise
 
 
-def prove(model: nn.Module, graph: ChannelGraph, example: Tensor | tuple[Tensor, ...]) -> None:
-    """Raises ModelError where a cut of the model would not equal its gated self on `example`."""
-    failure = try_cut(model, graph, example if isinstance(example, tuple) else (example,))
-    if failure is not None:
-        raise ModelError(failure.text)
-
-
-def repair(tracing: Tracing, failure: Failure, graph: ChannelGraph, banned: set[str]) -> bool:
-    """Pin what a failed cut went through, or forbid the branches; False when there is nothing left to try."""
-    if failure.dead and graph.branches:
-        return _ban(failure, graph, banned)
-    for path in [] if failure.path is None else _upwards(failure.path):
-        kind = type(tracing.model.get_submodule(path))
-        if kind.__module__.startswith("torch.nn."):  # a layer that was given a wrong width by the module around it
-            continue
-        if follow_attributes(tracing, kind):
-            return True
-        # What fails in one block of a kind fails in all of them.
-        alike = [name for name, module in tracing.model.named_modules() if type(module) is kind]
-        for blamed in (_doubts(tracing, alike), _inputs(tracing, alike)):
-            if blamed and any(doubt.path == path for doubt in blamed):
-                _pin(tracing, blamed)
-                return True
-    left = _doubts(tracing, None)
-    _pin(tracing, left)
-    return bool(left)
-
-
-def _pin(tracing: Tracing, doubts: list[Doubt]) -> None:
-    for doubt in doubts:
-        where = doubt.path or "the model"
-        tracing.labels.pin(doubt.labels, f"the forward of {where} holds numbers of channels that cannot follow a cut")
-
-
-def _doubts(tracing: Tracing, paths: list[str] | None) -> list[Doubt]:
-    """Noted doubts in modules, or in all of them, about channels that are not pinned."""
-    return [
-        doubt
-        for doubt in tracing.doubts
-        if (paths is None or doubt.path in paths) and tracing.labels.free(doubt.labels).any()
-    ]
-
-
-def _inputs(tracing: Tracing, paths: list[str]) -> list[Doubt]:
-    """Channels that enter modules and are not pinned: widths of heads may be computed from those of the input."""
-    found = []
-    for path in filter(None, paths):
-        nodes = nodes_of(tracing, path)
-        read = {a for node in nodes for a in node.all_input_nodes if a not in nodes and not tracing.is_tensor(a)}
-        flows = [tracing.flows.get(node) for node in read]
-        labels = [flow for flow in flows if flow is not None and not isinstance(flow, list)]
-        found += [Doubt(path, flow) for flow in labels if tracing.labels.free(flow).any()]
-    return found
-
-
-def _ban(failure: Failure, graph: ChannelGraph, banned: set[str]) -> bool:
-    """Forbid the branches that the failing module takes part in, or all of them."""
-    path = failure.path
-    kinds = [] if path is None else [_around, _beside]
-    found = ({b.end for b in graph.branches if any(near(path or "", m) for m, _ in b.stubs)} for near in kinds)
-    # The nearest that are found at all; where nothing is near, no branch may go.
-    new = next((ends for ends in found if ends), {branch.end for branch in graph.branches}) - banned
-    banned |= new
-    return bool(new)
-
-
-def _around(path: str, other: str) -> bool:
-    """Whether one of two modules lies in the other."""
-    return bool(path) and (f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}."))
-
-
-def _beside(path: str, other: str) -> bool:
-    """Whether a module lies in another's parent."""
-    parent = other.rpartition(".")[0]
-    return path == parent or (bool(parent) and path.startswith(f"{parent}."))
-
-
-def _upwards(path: str) -> Iterator[str]:
-    """A module's path, then those of the modules around it, the model itself ("") last."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
-    yield ""
+def _in_double(network: nn.Module, graph: ChannelGraph, gating: Gating, mask: Mask, inputs: Inputs) -> float | None:
+    """The same in float64, where rounding cannot be taken for a fault; None for a network that does not run there."""
+    doubled = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    try:
+        return _gap(copy.deepcopy(network).double(), graph, gating, mask, doubled)
+    except Stopped:
+        return None
 
 
 def random_mask(graph: ChannelGraph, seed: int, dead_share: float) -> Mask:
@@ -208,16 +198,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _run(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[object, tuple[str, str] | None]:
-    """The output, or the path of the module that failed and the first line of its error."""
+def _run(model: nn.Module, inputs: Inputs) -> object:
+    """The model's output.
+
+    Raises:
+        Stopped: with the path of the module that failed and the first line of its error.
+    """
     stack: list[str] = []
     names = {module: name for name, module in model.named_modules()}
     enter = nn.modules.module.register_module_forward_pre_hook(lambda module, _: stack.append(names.get(module, "")))
     leave = nn.modules.module.register_module_forward_hook(lambda module, _, __: _pop(stack))
     try:
-        return model(*inputs), None
-    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, ZeroDivisionError) as error:
-        return None, (stack[-1] if stack else "", _first_line(error))
+        return model(*_copies(inputs))
+    except ERRORS as error:
+        path = stack[-1] if stack else ""
+        raise Stopped(_cannot_follow(path, _first_line(error)), path) from error
     finally:
         enter.remove()
         leave.remove()
@@ -226,6 +221,30 @@ def _run(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[object, tuple[st
 def _pop(stack: list[str]) -> None:
     """Returns nothing: what a forward hook returns replaces the output."""
     stack.pop()
+
+
+def _runs(model: nn.Module, inputs: Inputs) -> bool:
+    try:
+        model(*_copies(inputs))
+    except ERRORS:
+        return False
+    return True
+
+
+def _copies(inputs: Inputs) -> Inputs:
+    """A forward may write to its inputs."""
+    return tuple(x.clone() for x in inputs)
+
+
+def _one_more(inputs: Inputs) -> Inputs:
+    """The batch with its first sample once again at the end."""
+    count = inputs[0].shape[:1]
+    return tuple(torch.cat([x, x[:1]]) if x.shape[:1] == count else x for x in inputs)
+
+
+def _finite(outputs: object) -> bool:
+    tensors = (x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and not x.is_meta)
+    return all(bool(x.isfinite().all()) for x in tensors)
 
 
 def _cannot_follow(path: str, error: str) -> str:

@@ -54,7 +54,7 @@ def _make_grid(tracing: Tracing, grid: Ints) -> None:
     """Channels may differ along one dimension only, the longest: along the others they live and die together."""
     reduced = tracing.labels.reduced(grid)
     varying = [axis for axis, size in enumerate(reduced.shape) if size > 1]
-    if len(varying) < 2:
+    if len(varying) < 2 or not tracing.labels.free(reduced).any():
         return
     free = max(varying, key=lambda axis: (reduced.shape[axis], axis))
     for axis in varying:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,7 +26,8 @@ from chipdeploy.graph.channels import (
     Tally,
 )
 from chipdeploy.graph.labels import Ints, Labels
-from chipdeploy.graph.proof import evaluating, repair, try_cut
+from chipdeploy.graph.proof import Failure, Trials, evaluating
+from chipdeploy.graph.repair import repair
 from chipdeploy.graph.rules import RULES, Denied, Tracing
 from chipdeploy.graph.rules.base import Flow, op_name, tensor_arguments
 from chipdeploy.graph.rules.fixed import count_fixed
@@ -53,25 +56,48 @@ def trace(model: nn.Module, example: Example, *, exclude: Sequence[str] = ()) ->
     """
     inputs = example if isinstance(example, tuple) else (example,)
     program = export_program(model, inputs)
-    tracing = _walk(model, program, inputs)
+    trials = Trials(model, inputs)
+    found = _search(model, trials, program, exclude)
+    if isinstance(found, Failure) and found.training:
+        trained = export_program(model, trials.larger, training=True)
+        found = _search(model, trials, program, exclude, trained)
+    if isinstance(found, Failure):
+        raise ModelError(found.text)
+    return found
+
+
+def _search(
+    model: nn.Module,
+    trials: Trials,
+    program: ExportedProgram,
+    exclude: Sequence[str],
+    trained: ExportedProgram | None = None,
+) -> ChannelGraph | Failure:
+    """The graph of which all trials hold, after as many repairs as that takes; the last failure where none is left.
+
+    `trained` is the network in train mode, for those that run other layers there.
+    """
+    tracing = _walk(model, program, trials.inputs)
+    if trained is not None:
+        _walk_training(tracing, trained)
     settle(tracing, exclude)
     output = next(node for node in program.graph.nodes if node.op == "output")
-    banned: set[str] = set()
-    text, whole = "", False
+    banned: dict[str, type | None] = {}
+    whole, failure = False, Failure("", None)
     for _ in range(MOST_TRIALS):
         branches = find_branches(tracing, output, banned)
-        graph = _Numbering(tracing, branches, whole=whole).graph(model, tuple(inputs[0].shape))
+        graph = _Numbering(tracing, branches, whole=whole).graph(model, tuple(trials.inputs[0].shape))
         if not graph.groups:
             raise ModelError(f"nothing to prune: every channel is pinned; {_most_frequent(graph)}")
-        failure = try_cut(model, graph, inputs)
-        if failure is None:
+        found = trials.failure(graph)
+        if found is None:
             return graph
-        text = failure.text
+        failure = found
         if failure.vanished:
             whole = True  # outside branches every group keeps a channel
-        elif not repair(tracing, failure, graph, banned):
+        elif (failure.training and trained is None) or not repair(tracing, failure, graph, banned):
             break
-    raise ModelError(text)
+    return failure
 
 
 def _most_frequent(graph: ChannelGraph) -> str:
@@ -85,33 +111,71 @@ def _most_frequent(graph: ChannelGraph) -> str:
     return f"{held[reason]} of {sum(held.values())}: {reason}"
 
 
-def export_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
-    """`torch.export` of the model in eval mode.
+def export_program(model: nn.Module, inputs: tuple[Tensor, ...], *, training: bool = False) -> ExportedProgram:
+    """`torch.export` of the model in eval mode, or in train mode.
 
     Raises:
         ModelError: the model cannot be traced, with the first line of the cause.
     """
-    with evaluating(model), quiet():
+    with evaluating(model), _handed_back(model), quiet():
         try:
-            return torch.export.export(model, inputs)
+            return torch.export.export(model.train(training), inputs)
         except Exception as error:  # the exporter raises many kinds; each means the same to the user
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(
-                f"the model cannot be traced for images {list(inputs[0].shape)[1:]}: {first}; "
+                f"the model cannot be traced {'in train mode ' if training else ''}for images "
+                f"{list(inputs[0].shape)[1:]}: {first}; "
                 "make its forward free of data-dependent Python, or check the image size"
             ) from error
 
 
+@contextmanager
+def _handed_back(model: nn.Module) -> Iterator[None]:
+    """No attributes are left that a forward made: in an export they have no values. The exporter resets old ones."""
+    before = [(module, set(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, names in before:
+            for name in set(vars(module)) - names:
+                del vars(module)[name]
+
+
 def _walk(model: nn.Module, program: ExportedProgram, inputs: tuple[Tensor, ...]) -> Tracing:
+    """All that the rules say of the program's ops."""
+    names = _tensor_names(model, program)
+    tracing = Tracing(model, Labels(), names, batch=max(1, int(inputs[0].shape[0])))
+    _apply_rules(tracing, program)
+    return tracing
+
+
+def _walk_training(tracing: Tracing, program: ExportedProgram) -> None:
+    """Let the labels flow through the network in train mode, too: what only runs there must follow the cut.
+
+    Its ops are no part of the network that is deployed: they make no costs, no branches and no groups.
+    """
+    names = _tensor_names(tracing.model, program)
+    aside = replace(tracing, tensors=names, flows={}, reasons={}, layers=[], tensors_of={}, _owners={})
+    _apply_rules(aside, program)
+    known = {use.name for use in tracing.layers}
+    for use in aside.layers:
+        if use.name not in known:
+            tracing.labels.pin(use.out_labels, f"{use.name} runs in train mode only")
+
+
+def _tensor_names(model: nn.Module, program: ExportedProgram) -> dict[str, str]:
+    """Placeholder ▶ the parameter or buffer that it stands for."""
     signature = program.graph_signature
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     first = _first_names(model)
-    names = {name: first[str(target)] for name, target in targets.items() if str(target) in first}
-    tracing = Tracing(model, Labels(), names, batch=max(1, int(inputs[0].shape[0])))
+    return {name: first[str(target)] for name, target in targets.items() if str(target) in first}
+
+
+def _apply_rules(tracing: Tracing, program: ExportedProgram) -> None:
     untouchable: set[str] = set()
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            if node.name not in names:
+            if node.name not in tracing.tensors:
                 tracing.flows[node], tracing.reasons[node] = None, "the network's input"
         elif node.op == "output":
             for value in node.all_input_nodes:
@@ -120,7 +184,6 @@ def _walk(model: nn.Module, program: ExportedProgram, inputs: tuple[Tensor, ...]
             tracing.flows[node] = _apply(tracing, node, untouchable)
     for name in untouchable:
         _pin_tensor(tracing, name, f"{name} is also read by an operation without a rule")
-    return tracing
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:

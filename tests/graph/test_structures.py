@@ -169,8 +169,34 @@ def tied_weights():
     return tie(net, [(("a", "weight"), "b")])
 
 
+class Gated(nn.Module):
+    """A gated MLP, whose first layer is taken apart in two."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 12), nn.Linear(6, 8)
+
+    def forward(self, x):
+        one, other = self.first(x).chunk(2, -1)
+        return self.last(one * F.silu(other))
+
+
+def gated_beside_a_norm_by_hand(net, x):
+    x = x / (x.square().mean(1, keepdim=True) + 1).sqrt()
+    return x + net.mlp(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def shaped_like_another(net, x):
+    return x + net.b(net.a(x).view_as(net.c(x)).type_as(x).clamp(net.low, net.low + 1).reshape_as(net.c(x)))
+
+
 # name: (network, its removable branches)
 CASES = {
+    "a gated MLP on a stream that stays": (lambda: Net(gated_beside_a_norm_by_hand, mlp=Gated()), 1),
+    "shapes, types and limits from tensors": (
+        lambda: Net(shaped_like_another, low=nn.Parameter(torch.tensor(0.1), requires_grad=False), **abc()),
+        0,
+    ),
     "one convolution twice in a branch": (
         lambda: Net(lambda net, x: x + net.b(F.relu(net.a(F.relu(net.a(x))))), a=conv(8, 8), b=conv(8, 8)),
         0,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
 from chipdeploy.chipnet.costs import CostModel
 from chipdeploy.export.onnx import export_onnx
@@ -126,3 +127,17 @@ def test_the_cut_network_trains_copies_traces_and_loads_again(name, disagreement
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
     again = trace(small, inputs)
     assert disagreement(small, again, random_mask(again, 5, 0.5), inputs) <= 1e-4
+
+
+def test_the_cut_googlenet_trains_with_its_auxiliary_heads():
+    """Eval mode leaves the heads out; they read channels that are cut."""
+    torch.manual_seed(0)
+    model = torchvision.models.googlenet(weights=None, num_classes=10, init_weights=False)
+    inputs = images(64, torch.float32)
+    graph = trace(model, inputs)
+    assert prunable(graph, "macs") >= 0.99
+    small = hard_prune(model, graph, PrunePlan.from_mask(graph, random_mask(graph, 4, 0.3))).train()
+    outputs = small(inputs)
+    assert [output.shape for output in outputs] == 3 * [(2, 10)]
+    sum(F.cross_entropy(output, torch.tensor([1, 2])) for output in outputs).backward()
+    assert small.aux1.conv.conv.weight.grad.abs().max() > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isclose, sqrt
+from math import isclose, prod, sqrt
 
 from torch.fx import Node
 
@@ -67,9 +67,15 @@ COMPARING = ("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or")
 
 @rule(*UNARY)
 def unary(tracing: Tracing, node: Node) -> Ints | None:
-    """Labels pass."""
-    if len(tensor_arguments(node)) > 1:
-        raise Denied("its limits are tensors")
+    """Labels pass; limits that are tensors must be single numbers."""
+    if any(prod(shape(limit)) > 1 for limit in tensor_arguments(node) if limit is not node.args[0]):
+        raise Denied("its limits are tensors of several numbers")
+    return tracing.flow(node.args[0])
+
+
+@rule("type_as")
+def type_as(tracing: Tracing, node: Node) -> Ints | None:
+    """Of the second tensor only the type is read."""
     return tracing.flow(node.args[0])
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from torch.fx import Node
 
 from chipdeploy.graph.labels import Ints
-from chipdeploy.graph.rules.base import Denied, LayerUse, Tracing, argument, rule, shape
+from chipdeploy.graph.rules.base import Denied, LayerUse, Tracing, argument, op_name, rule, shape
 
 NONE: Ints = np.zeros(0, dtype=np.int64)
 FEW_GROUPS = 4  # up to here a grouped convolution is cut inside its groups, beyond by whole groups
@@ -78,9 +78,9 @@ def _refusal(tracing: Tracing, node: Node, groups: int) -> str | None:
     weight = node.args[1]
     _, module = tracing.owner(node)
     if not tracing.is_tensor(weight):
-        return "its weight is computed in the forward pass"
+        return "its weight is computed in the forward pass; only a parameter can be cut"
     if not tracing.is_parameter(weight):
-        return "its weight is a buffer"
+        return "its weight is a buffer; only a parameter can be cut"
     if groups != 1 and getattr(module, "groups", None) != groups:
         return "groups written in the code; give its module the attribute groups"
     bias = argument(node, 2, "bias")
@@ -124,13 +124,14 @@ def _pinned(tracing: Tracing, node: Node, inputs: Ints, reason: str) -> Ints:
     path, _ = tracing.owner(node)
     channels = shape(node)[1]
     outputs = np.repeat(tracing.labels.new(1), channels)
+    reason = f"{op_name(node)} in {path or 'the model'}: {reason}"
     for labels in (inputs, outputs):
-        tracing.labels.pin(labels, f"{path}: {reason}")
+        tracing.labels.pin(labels, reason)
     per_output = float(np.prod(shape(weight)[1:]))
     tracing.layers.append(LayerUse(node, path, outputs, NONE, tracing.positions(node, channels), per_output))
     for tensor in (weight, argument(node, 2, "bias")):
         if isinstance(tensor, Node) and (flow := tracing.flow(tensor)) is not None:
-            tracing.labels.pin(flow, f"{path}: {reason}")
+            tracing.labels.pin(flow, reason)
     return _along(outputs, 1, len(shape(node)))
 
 
@@ -145,7 +146,8 @@ def linear(tracing: Tracing, node: Node) -> Ints:
 def _linear(tracing: Tracing, node: Node, features: Node, weight: Node, bias: object, dims: tuple[int, int]) -> Ints:
     """`dims` are the weight's dimensions of outputs and inputs."""
     if not tracing.is_parameter(weight):
-        raise Denied("its weight is a buffer" if tracing.is_tensor(weight) else "its weight is computed")
+        what = "a buffer" if tracing.is_tensor(weight) else "computed in the forward pass"
+        raise Denied(f"its weight is {what}; only a parameter can be cut")
     rank = len(shape(node))
     inputs = tracing.channels(features, rank - 1)
     outputs = tracing.labels.new(shape(node)[-1])

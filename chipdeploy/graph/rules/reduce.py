@@ -9,7 +9,7 @@ import numpy as np
 from torch.fx import Node
 
 from chipdeploy.graph.labels import Ints
-from chipdeploy.graph.rules.base import Tracing, argument, numbers, rule, shape
+from chipdeploy.graph.rules.base import Denied, Tracing, argument, numbers, rule, shape
 
 POOLS = tuple(
     f"{kind}{dims}d"
@@ -46,7 +46,10 @@ def reduction(tracing: Tracing, node: Node) -> Ints | None:
     rank = len(shape(source))
     given = argument(node, 2 if "norm" in str(node.target) else 1, "dim")
     dims = [dim % rank for dim in numbers(given)] if given not in (None, []) else list(range(rank))
-    flow = tracing.mixed(source, dims, "reduces")
+    try:
+        flow = tracing.mixed(source, dims, "reduces")
+    except Denied as refusal:
+        raise Denied(f"{refusal}; a norm can be cut where it calls layer_norm or rms_norm") from refusal
     if flow is None:
         return None
     return flow if len(shape(node)) == rank else np.squeeze(flow, tuple(dims))

@@ -10,9 +10,23 @@ from torch.fx import Node
 
 from chipdeploy.graph.labels import Ints
 from chipdeploy.graph.rules.base import Denied, Doubt, SizeUse, Tracing, argument, numbers, op_name, rule, shape
+from chipdeploy.graph.rules.elementwise import meet
+
+STATE_NO_SIZES = frozenset({"squeeze", "unsqueeze", "flatten", "expand_dims", "view_as", "reshape_as"})
 
 
-@rule("flatten", "view", "reshape", "unflatten", "_unsafe_view", "squeeze", "unsqueeze", "expand_dims")
+@rule(
+    "flatten",
+    "view",
+    "view_as",
+    "reshape",
+    "reshape_as",
+    "unflatten",
+    "_unsafe_view",
+    "squeeze",
+    "unsqueeze",
+    "expand_dims",
+)
 def reshape(tracing: Tracing, node: Node) -> Ints | None:
     """Dimensions are split and merged in blocks; what is left of a split one after the cut must be a grid again."""
     source = node.args[0]
@@ -22,6 +36,13 @@ def reshape(tracing: Tracing, node: Node) -> Ints | None:
         return _told(tracing, node, source, flow)
     result = reshaped(tracing, flow, shape(source), shape(node))
     return _told(tracing, node, source, result)
+
+
+@rule("view_as", "reshape_as")
+def reshape_as(tracing: Tracing, node: Node) -> Ints | None:
+    """As many channels as another tensor has: they are one with its own."""
+    own = cast("Ints | None", reshape(tracing, node))
+    return meet(tracing, (own, shape(node)), (tracing.flow(node.args[1]), shape(node)))
 
 
 def reshaped(tracing: Tracing, flow: Ints, before: tuple[int, ...], after: tuple[int, ...]) -> Ints:
@@ -72,7 +93,7 @@ def blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[i
 
 def _told(tracing: Tracing, node: Node, source: Node, flow: Ints | None) -> Ints | None:
     """Note the sizes along labelled dimensions that the code states, by number or attribute."""
-    if flow is None or op_name(node) in ("squeeze", "unsqueeze", "flatten", "expand_dims"):
+    if flow is None or op_name(node) in STATE_NO_SIZES:
         return flow
     path, _ = tracing.owner(node)
     stated = argument(node, 2 if op_name(node) == "unflatten" else 1, "size")

@@ -70,8 +70,10 @@ class Variants:
         """New plans such as a projection proposes, and no others: for tests of a predictor."""
         taken: list[Ints] = []
         for _ in range(CANDIDATES * count):
+            if len(taken) == count:
+                break
             widths = self._proposal(self._off if self._draw.random() < FREE_SHARE else self._on)
-            if len(taken) < count and widths.tobytes() not in self._seen:
+            if widths.tobytes() not in self._seen:
                 self._seen.add(widths.tobytes())
                 taken.append(widths)
         return taken

@@ -159,27 +159,43 @@ class LatencyCost:
 
 
 class SoftLatency:
-    """The tables, bilinear between the stairs' edges."""
+    """The tables, bilinear between the stairs' edges; along a side that no group moves, at its one width."""
 
     def __init__(self, cost: LatencyCost, device: torch.device | str) -> None:
-        shapes, kinds = cost.shapes, np.array(cost.shapes.kinds)
+        shapes = cost.shapes
         self._constant, self._step = cost.constant * cost.scale, cost.step
-        self._tables = [torch.from_numpy(one.table * cost.scale).float().to(device) for one in cost.stairs]
-        self._members = [torch.from_numpy(np.flatnonzero(kinds == kind)).to(device) for kind in range(len(cost.stairs))]
-        self._deep = [one.deep for one in cost.stairs]
         self._into, self._out = (torch.from_numpy(table).float().to(device) for table in (shapes.into, shapes.out))
         self._branch = torch.from_numpy(shapes.branch).to(device)
+        together: dict[tuple[int, float | None, float | None], list[int]] = {}
+        for layer, kind in enumerate(shapes.kinds):
+            into = 0.0 if shapes.depthwise[layer] else _fixed(shapes.into[:, layer])
+            together.setdefault((kind, into, _fixed(shapes.out[:, layer])), []).append(layer)
+        self._parts = []
+        for (kind, fixed_in, fixed_out), layers in together.items():
+            stairs = cost.stairs[kind]
+            sides = [
+                np.arange(size) * float(cost.step) if fixed is None else np.array([fixed])
+                for fixed, size in zip((fixed_in, fixed_out), stairs.table.shape, strict=True)
+            ]
+            into, out = np.meshgrid(*sides, indexing="ij")
+            table = torch.from_numpy(stairs.at(into, out, cost.step) * cost.scale).float().to(device)
+            members = torch.tensor(layers, device=device)
+            self._parts.append((table, members, fixed_in is None, fixed_out is None))
 
     def __call__(self, widths: Tensor, alive: Tensor) -> Tensor:
         one = widths.new_ones(1)
         extended, present = torch.cat([widths, one]), torch.cat([alive, one])
         into, out = extended @ self._into / self._step, extended @ self._out / self._step
         total = widths.new_tensor(self._constant)
-        for table, members, deep in zip(self._tables, self._members, self._deep, strict=True):
-            rows = torch.zeros_like(into[members]) if deep else into[members]
-            times = _between(table, rows, out[members])
-            total = total + (times * present[self._branch[members]]).sum()
+        for table, members, moves_in, moves_out in self._parts:
+            rows, columns = into[members] * moves_in, out[members] * moves_out
+            total = total + (_between(table, rows, columns) * present[self._branch[members]]).sum()
         return total
+
+
+def _fixed(weights: Floats) -> float | None:
+    """The width of a side that no group moves, from its weights [G + 1]; None where one does."""
+    return None if weights[:-1].any() else float(weights[-1])
 
 
 def _between(table: Tensor, row: Tensor, column: Tensor) -> Tensor:
@@ -215,7 +231,7 @@ def fit(graph: ChannelGraph, samples: Sequence[Sample], step: int) -> LatencyCos
 
 def _fitted(shapes: LayerShapes, samples: Sequence[Sample], step: int) -> LatencyCost:
     told = bool(samples[0].layers)
-    stairs = _learnt(shapes, samples, step) if told else _by_macs(shapes, step)
+    stairs = learnt(shapes, samples, step) if told else _by_macs(shapes, step)
     ratios = np.array([sample.ratio for sample in samples])
     start = LatencyCost(shapes, stairs, 0.0, step, span=(float(ratios.min()), float(ratios.max())))
     return _corrected(start, np.stack([sample.widths for sample in samples]), ratios, TRUST if told else BLIND_TRUST)
@@ -229,7 +245,7 @@ def _levels(shapes: LayerShapes, kind: int, step: int) -> tuple[int, int, bool]:
     return 1 if deep else into + 1, out + 1, deep
 
 
-def _learnt(shapes: LayerShapes, samples: Sequence[Sample], step: int) -> tuple[Stairs, ...]:
+def learnt(shapes: LayerShapes, samples: Sequence[Sample], step: int) -> tuple[Stairs, ...]:
     """Stairs of every kind from the times of single layers."""
     into, out, alive = shapes.at(np.stack([sample.widths for sample in samples]))
     times = np.array([[sample.layers.get(name, 0.0) for name in shapes.names] for sample in samples])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from chipdeploy.engines.target import Target
-from chipdeploy.errors import RunError
+from chipdeploy.errors import ChipdeployError, RunError
 from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.labels import Ints
 from chipdeploy.latency.blocks import Times
@@ -237,11 +237,13 @@ class LatencyProfile:
                 tuple(map(int, raw["steps"])),
                 tuple(_round(one) for one in raw["rounds"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if not found.rounds:
+                raise ValueError("no rounds")
+            for one in found.rounds:
+                for variant in one.variants:
+                    one.comparison(variant)  # refuses times that are none
+        except (KeyError, TypeError, ValueError, AttributeError, ChipdeployError) as error:
             raise RunError(f"{what} is damaged ({type(error).__name__}: {error}); measure it again") from error
-        for one in found.rounds:
-            for variant in one.variants:
-                one.comparison(variant)  # refuses times that are none
         return found
 
     def save(self, path: Path) -> None:
@@ -255,7 +257,7 @@ class LatencyProfile:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise RunError(f"there is no profile {path}; see 'chipdeploy profile --list', or measure one") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(f"{path} is no latency profile or was cut short ({error}); measure it again") from error
         return cls.from_dict(raw, str(path))
 

@@ -1,0 +1,140 @@
+"""The search for the plan that meets a goal, on a stand-in for the device whose times are a known law."""
+
+import math
+
+import numpy as np
+import pytest
+
+from chipdeploy.chipnet.costs import CostModel
+from chipdeploy.chipnet.project import Projector
+from chipdeploy.engines.target import Target
+from chipdeploy.graph.plan import group_widths
+from chipdeploy.graph.proof import random_mask
+from chipdeploy.latency.measure import Comparison
+from chipdeploy.latency.meet import meet
+from chipdeploy.latency.predict import Sample, fit
+from chipdeploy.latency.rig import Rig, Setting
+
+
+class Device:
+    """Stands in for a device: the time of a plan is its MACs and a tenth; `noise` is multiplied by, in turn."""
+
+    def __init__(self, graph, factor=1.0, noise=()):
+        self.graph, self.factor, self.noise = graph, factor, iter(noise)
+        self.macs = CostModel.of(graph, "macs")
+        self.asked = []
+
+    def ratio(self, widths):
+        return 0.1 + 0.9 * self.macs.count(widths) / self.macs.dense
+
+    def engine(self, mask):
+        return mask
+
+    def renew(self):
+        pass
+
+    def forget(self):
+        pass
+
+    def time(self, engines, **_):
+        (mask,) = engines
+        ratio = self.factor * self.ratio(group_widths(self.graph, mask)) * next(self.noise, 1.0)
+        self.asked.append((mask.tobytes(), ratio))
+        return [Comparison(1, ((1.0,),) * 4, ((ratio,),) * 4, ((1.0,),) * 4, {})]
+
+
+@pytest.fixture(scope="module")
+def cost(tiny):
+    _, graph = tiny
+    device = Device(graph)
+    widths = [group_widths(graph, random_mask(graph, seed, 0.2)) for seed in range(60)]
+    return fit(graph, [Sample(w, device.ratio(w), {}) for w in widths], 1)
+
+
+@pytest.fixture(scope="module")
+def proposer(tiny, cost):
+    """Plans in steps of `align` channels for one fixed ranking."""
+    _, graph = tiny
+
+    def make(align=1):
+        projector = Projector(graph, cost, align)
+        scores = np.random.default_rng(0).lognormal(0, 1, graph.channels)
+
+        def propose(keep):
+            return projector.project(scores, min(0.9999, max(keep, projector.smallest)))
+
+        return propose
+
+    return make
+
+
+@pytest.mark.parametrize("goal", [0.35, 0.5, 0.7])
+def test_fine_plans_hit_the_goal_from_below(tiny, cost, proposer, goal):
+    device = Device(tiny[1])
+    met = meet(device, cost, proposer(), goal)
+    assert met.met and met.near
+    assert 0.97 * goal <= met.comparison.ratio <= goal
+    assert met.comparison.ratio == pytest.approx(device.ratio(group_widths(tiny[1], met.mask)))
+    # What passes is measured twice: the second time is what is reported.
+    assert device.asked[-1][0] == device.asked[-2][0] == met.mask.tobytes()
+
+
+def test_of_coarse_plans_the_nearest_below_is_kept(tiny, cost):
+    """Two plans only: 0.30 and 0.80 of the dense time; asked for is 0.6."""
+    _, graph = tiny
+    device = Device(graph)
+    plans = []
+    for target in (0.3, 0.8):
+        masks = [random_mask(graph, seed, 0.2) for seed in range(200)]
+        plans.append(min(masks, key=lambda mask: abs(device.ratio(group_widths(graph, mask)) - target)))
+    low, high = plans
+    told = []
+    met = meet(device, cost, lambda keep: high if keep > 0.6 else low, 0.6, on_try=told.append)
+    assert met.met and not met.near
+    assert np.array_equal(met.mask, low)
+    assert tuple(told) == met.tries
+
+
+def test_out_of_reach_is_said_and_the_fastest_plan_kept(tiny, cost, proposer):
+    device = Device(tiny[1], factor=3.0)
+    met = meet(device, cost, proposer(), 0.2)
+    assert not met.met and not met.near
+    assert met.comparison.ratio > 0.2
+    assert met.comparison.ratio == pytest.approx(min(ratio for _, ratio in device.asked))
+
+
+def test_one_lucky_measurement_does_not_end_the_search(tiny, cost, proposer):
+    """The first measurement of a device that takes 1.2 times as long happens to hit."""
+    quiet = Device(tiny[1])
+    first = meet(quiet, cost, proposer(), 0.5)
+    device = Device(tiny[1], factor=1.2, noise=[0.49 / 1.2 / quiet.ratio(group_widths(tiny[1], first.tries[0].mask))])
+    met = meet(device, cost, proposer(), 0.5)
+    assert device.asked[0][1] == pytest.approx(0.49)
+    assert device.asked[1][0] == device.asked[0][0]
+    assert device.asked[1][1] > 0.5
+    assert met.met
+    assert 1.2 * device.ratio(group_widths(tiny[1], met.mask)) <= 0.5
+
+
+def test_facts_are_plain_values(tiny, cost, proposer):
+    facts = meet(Device(tiny[1]), cost, proposer(), 0.5).to_dict()
+    assert facts["ratio"] == pytest.approx(facts["pruned_ms"] / facts["dense_ms"])
+    assert facts["confirmation"]["pruned_s"]
+    assert {"share", "predicted", "ratio", "interval"} == facts["tries"][0].keys()
+
+
+def test_a_real_rig_times_engines_that_give_what_the_cut_network_gives(tiny):
+    model, graph = tiny
+    mask = random_mask(graph, 0, 0.0)
+    with Rig(model, graph, Setting(Target.parse("ort-cpu"), 1, (3, 16, 16))) as rig:
+        assert rig.quick
+        engine = rig.engine(mask)
+        assert not np.allclose(engine.run(rig.images), rig.dense.run(rig.images))
+        assert np.array_equal(rig.control.run(rig.images), rig.dense.run(rig.images))
+        found = rig.time([engine], seconds=0.1, blocks=4)[0]
+        assert math.isfinite(found.ratio) and found.ratio > 0
+        assert found.target == "ort-cpu"
+        layers = rig.layers(rig.dense, runs=2)
+        assert {layer.name for layer in graph.layers} <= layers.keys()
+        rig.forget()
+        engine.run(rig.images)

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from chipdeploy.chipnet.soft import Budget, ChipNet
     from chipdeploy.export.onnx import export_onnx
+    from chipdeploy.latency.profile import LatencyProfile
     from chipdeploy.graph.plan import PrunePlan
     from chipdeploy.graph.surgery import hard_prune
     from chipdeploy.graph.trace import trace
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Budget": "chipdeploy.chipnet.soft",
     "ChipNet": "chipdeploy.chipnet.soft",
+    "LatencyProfile": "chipdeploy.latency.profile",
     "PrunePlan": "chipdeploy.graph.plan",
     "export_onnx": "chipdeploy.export.onnx",
     "hard_prune": "chipdeploy.graph.surgery",
@@ -25,7 +27,17 @@ _HOMES = {
     "trace": "chipdeploy.graph.trace",
 }
 
-__all__ = ["Budget", "ChipNet", "PrunePlan", "__version__", "export_onnx", "hard_prune", "load", "trace"]
+__all__ = [
+    "Budget",
+    "ChipNet",
+    "LatencyProfile",
+    "PrunePlan",
+    "__version__",
+    "export_onnx",
+    "hard_prune",
+    "load",
+    "trace",
+]
 
 
 def __getattr__(name: str) -> Any:

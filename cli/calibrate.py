@@ -75,8 +75,8 @@ def _print(facts: dict[str, Any], out: Path | None) -> None:
         table.add_row(f"--{kind}", f"{found['keep']:.3f}", f"{found['interval'][0]:.3f} to {found['interval'][1]:.3f}")
     screen.print(table)
     screen.print(
-        f"out of reach: less than {facts['smallest']['ms']:.3g} ms ({facts['smallest']['ratio']:.2g} of the dense time): "
-        "so much the smallest widths take"
+        f"out of reach: less than {facts['smallest']['ms']:.3g} ms, {facts['smallest']['ratio']:.2g} of the dense, "
+        "which the smallest widths take"
     )
     if out:
         screen.print(f"curves: {out / 'calibration.json'}, {out / 'calibration.svg'}")

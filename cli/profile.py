@@ -121,7 +121,7 @@ def _facts(found: LatencyProfile) -> dict[str, Any]:
 def _print(facts: dict[str, Any]) -> None:
     screen = console()
     screen.print(
-        f"{facts['model']}, {facts['target']}, batch {facts['batch']}, threads {facts['threads']}, on {facts['machine']}"
+        f"{facts['model']}, {facts['target']}, batch {facts['batch']}, threads {facts['threads']}, {facts['machine']}"
     )
     screen.print(
         f"  {facts['networks']} cut networks in {facts['spent_s'] / 60:.1f} minutes, {facts['fastest']:.2f} to "

@@ -106,7 +106,7 @@ def meet(
         if on_try:
             on_try(found[0])
         if _fits(found[0].ratio, goal, tolerance):
-            again = _measured(rig, cost, share, mask, CONFIRM_S)
+            again = _confirmed(rig, cost, share, mask)
             confirmed.append(again)
             if _fits(again[0].ratio, goal, tolerance):
                 break
@@ -130,6 +130,12 @@ def _measured(rig: Rig, cost: LatencyCost, share: float, mask: Mask, seconds: fl
     rig.forget()
     predicted = _predicted(rig, cost, mask)
     return Try(share, predicted, comparison.ratio, comparison.ratio_interval, mask), comparison
+
+
+def _confirmed(rig: Rig, cost: LatencyCost, share: float, mask: Mask) -> tuple[Try, Comparison]:
+    """A longer measurement, with engines of its own for both networks."""
+    rig.renew()
+    return _measured(rig, cost, share, mask, CONFIRM_S)
 
 
 def _inverse(propose: Propose, predicted: Callable[[Mask], float], aim: float) -> tuple[float, Mask]:
@@ -165,11 +171,11 @@ def _chosen(
         return _met(passed[-1], goal, tolerance, tries)
     under = sorted((one for one in tries if one.ratio <= goal), key=lambda one: -one.ratio)
     for candidate in under:  # the slowest that holds when it is measured again
-        again = _measured(rig, cost, candidate.share, candidate.mask, CONFIRM_S)
+        again = _confirmed(rig, cost, candidate.share, candidate.mask)
         if again[0].ratio <= goal:
             return _met(again, goal, tolerance, tries)
     fastest = min(tries, key=lambda one: one.ratio)
-    return _met(_measured(rig, cost, fastest.share, fastest.mask, CONFIRM_S), goal, tolerance, tries)
+    return _met(_confirmed(rig, cost, fastest.share, fastest.mask), goal, tolerance, tries)
 
 
 def _met(found: tuple[Try, Comparison], goal: float, tolerance: float, tries: tuple[Try, ...]) -> Met:

@@ -21,7 +21,7 @@ from chipdeploy.latency.measure import Comparison
 from chipdeploy.latency.predict import LatencyCost, Sample, fit
 from chipdeploy.latency.rig import Setting
 from chipdeploy.latency.variants import probes
-from chipdeploy.run import write_json
+from chipdeploy.run import write_text
 
 SCHEMA = 1
 WORTH_A_STEP = 0.5  # share of the saved MACs that must be saved in time where a step is one of the device's stairs
@@ -248,7 +248,8 @@ class LatencyProfile:
 
     def save(self, path: Path) -> None:
         """Write it whole or not at all. Raises RunError where the folder cannot be written."""
-        write_json(path, self.to_dict())
+        # Without line breaks: a hundred thousand times are not read by people.
+        write_text(path, json.dumps(self.to_dict(), separators=(",", ":"), allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> LatencyProfile:

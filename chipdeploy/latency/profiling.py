@@ -64,7 +64,7 @@ def measure_profile(
                 widths = variants.take(A_ROUND)
             if not widths:
                 break  # the network has no more plans
-            one = _measured(rig, widths)
+            one = measured_round(rig, widths)
             now = time.monotonic()
             profile = profile.grown(one, steps, {**environment(), **rig.describe()}, now - began)
             began = now
@@ -90,7 +90,7 @@ def _passed(graph: ChannelGraph, profile: LatencyProfile) -> Variants:
     return variants
 
 
-def _measured(rig: Rig, widths: Sequence[Ints]) -> Round:
+def measured_round(rig: Rig, widths: Sequence[Ints]) -> Round:
     """One round; a noisy one is repeated, and said to be noisy if it stays so."""
     engines = [rig.engine(_top(rig.graph, row)) for row in widths]
     for _ in range(1 + REPEATS):

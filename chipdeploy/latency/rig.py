@@ -84,7 +84,8 @@ class Rig:
             export_onnx(self._model, self._few, self._dense_path, max_batch=max(2, setting.batch))
             self._shrinker = self._try_shrinker(everything)
             self._names = layer_names(self._dense_path)
-        self.dense, self.control = self.engine(everything), self.engine(everything)
+        self._dense_engine = partial(self.engine, everything)
+        self.renew()
         self._kept = set(self._folder.iterdir())
 
     def __enter__(self) -> Rig:
@@ -92,6 +93,10 @@ class Rig:
 
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._stack.close()
+
+    def renew(self) -> None:
+        """Open the dense network and its control anew: where an engine lies in memory moves its time a little."""
+        self.dense, self.control = self._dense_engine(), self._dense_engine()
 
     @property
     def quick(self) -> bool:

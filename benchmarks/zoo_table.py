@@ -104,9 +104,9 @@ def _summary(source: str, rows: list[Row]) -> str:
     if exported:
         fewer = [row for row in exported if "bare_ops" in row and row["bare_ops"][0] < row["dense_ops"][0]]
         branched = [row for row in exported if "bare_ops" in row]
-        refused = sum("onnx_refused" in row for row in passed)
+        tried, refused = (sum(key in row for row in passed) for key in ("onnx_s", "onnx_refused"))
         lines.append(
-            f"- ONNX: {len(exported)} files run in ONNX Runtime, worst error "
+            f"- ONNX, tried with {tried} of those that pass: {len(exported)} files run in ONNX Runtime, worst error "
             f"{max(row['onnx_error'] for row in exported):.1e}; {refused} not exported; "
             f"without branches {len(fewer)} of {len(branched)} files have fewer ops"
         )

@@ -10,10 +10,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from chipdeploy.chipnet.soft import Budget, ChipNet
     from chipdeploy.export.onnx import export_onnx
-    from chipdeploy.latency.profile import LatencyProfile
     from chipdeploy.graph.plan import PrunePlan
     from chipdeploy.graph.surgery import hard_prune
     from chipdeploy.graph.trace import trace
+    from chipdeploy.latency.profile import LatencyProfile
     from chipdeploy.pipeline import load
 
 _HOMES = {

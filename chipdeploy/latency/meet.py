@@ -94,7 +94,7 @@ def meet(
     seen: dict[bytes, Try] = {}
     confirmed: list[tuple[Try, Comparison]] = []
     for _ in range(tries):
-        share, mask = _inverse(propose, partial(_predicted, rig, cost.scaled(factor)), aim)
+        share, mask = _inverse(propose, partial(_predicted, rig, cost.scaled(factor)), aim, aim / factor)
         if mask.tobytes() in seen:
             # No other plan is predicted there: look a little beside it, where the last one missed.
             last = seen[mask.tobytes()]
@@ -138,24 +138,27 @@ def _confirmed(rig: Rig, cost: LatencyCost, share: float, mask: Mask) -> tuple[T
     return _measured(rig, cost, share, mask, CONFIRM_S)
 
 
-def _inverse(propose: Propose, predicted: Callable[[Mask], float], aim: float) -> tuple[float, Mask]:
-    """The largest share whose plan is predicted to take at most `aim`, by bisection; the last plan where none is."""
-    low, high = 0.0, 1.0
-    best: tuple[float, Mask] | None = None
-    share = aim
+def _inverse(propose: Propose, predicted: Callable[[Mask], float], aim: float, start: float) -> tuple[float, Mask]:
+    """The largest share whose plan is predicted to take at most `aim`, by rule of three and bisection; the last plan
+    that was tried where none is."""
+    low, high, share = 0.0, 1.0, start
+    best: tuple[float, float, Mask] | None = None
     for _ in range(BISECTIONS):
         mask = propose(share)
         ratio = predicted(mask)
         if ratio <= aim:
-            if best is None or ratio >= predicted(best[1]):
-                best = share, mask
             low = share
+            if best is None or ratio >= best[0]:
+                best = ratio, share, mask
             if ratio >= aim * (1 - CLOSE):
                 break
         else:
             high = share
-        share = (low + high) / 2
-    return best or (share, mask)
+        if high - low < CLOSE * aim:
+            break
+        near = share * aim / max(ratio, 1e-9)
+        share = near if low < near < high else (low + high) / 2
+    return (best[1], best[2]) if best else (share, mask)
 
 
 def _chosen(

@@ -64,8 +64,10 @@ class Stairs:
         """Times at widths of one shape."""
         on = self.on(into, out, step)
         row, column = (np.minimum(np.ceil(n / step), size - 1).astype(np.int64) for n, size in self._sides(into, out))
-        beside = leftovers(into, out, step) @ self.law
-        return np.where(on, self.table[row, column], beside)
+        found = self.table[row, column]
+        if on.all():
+            return found
+        return np.where(on, found, np.maximum(leftovers(into, out, step) @ self.law, 0.0))
 
     def on(self, into: Floats, out: Floats, step: int) -> NDArray[np.bool_]:
         """Whether both widths are whole steps."""
@@ -368,5 +370,6 @@ def _corrected(start: LatencyCost, widths: Ints, ratios: Floats, trust: float) -
         law = stairs.law * scales[count + kind]
         law[0] += by_layer + by_off
         law[2] += (by_output + by_off_output) * positions
-        made.append(Stairs(stairs.table * scales[kind] + by_layer + by_output * positions * columns, law, stairs.deep))
+        table = stairs.table * scales[kind] + by_layer + by_output * positions * columns
+        made.append(Stairs(np.maximum(table, 0.0), law, stairs.deep))  # no layer gives time back
     return replace(start, stairs=tuple(made), constant=float(constant))

@@ -64,8 +64,9 @@ class LayerShapes:
         into, out = extended @ self.into[:, chosen], extended @ self.out[:, chosen]
         alive = (out > 0) & ((into > 0) | self.depthwise[chosen])
         present = np.ones((len(widths), len(self.branch_groups) + 1), dtype=np.bool_)
-        for number, groups in enumerate(self.branch_groups):
-            present[:, number] = (widths[:, list(groups)] > 0).any(axis=1)
+        for number in np.unique(self.branch[chosen]).tolist():
+            if number < len(self.branch_groups):
+                present[:, number] = (widths[:, list(self.branch_groups[number])] > 0).any(axis=1)
         return into, out, alive & present[:, self.branch[chosen]]
 
     @cached_property

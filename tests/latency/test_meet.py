@@ -138,3 +138,11 @@ def test_a_real_rig_times_engines_that_give_what_the_cut_network_gives(tiny):
         assert {layer.name for layer in graph.layers} <= layers.keys()
         rig.forget()
         engine.run(rig.images)
+
+
+@pytest.mark.parametrize("factor", [1.5, 1 / 1.5])
+def test_a_predictor_that_is_off_is_corrected(tiny, cost, proposer, factor):
+    met = meet(Device(tiny[1], factor), cost, proposer(), 0.5)
+    assert met.met and met.near
+    assert 0.97 * 0.5 <= met.comparison.ratio <= 0.5
+    assert len(met.tries) > 1

@@ -178,7 +178,8 @@ def _traced(model: nn.Module, inputs: tuple[Tensor, ...], max_batch: int) -> tup
     from chipdeploy.graph.simplify import remove_dead_branches
 
     with step("trace the network"), quiet():
-        network = copy.deepcopy(model).cpu().float().eval()
+        # Channels last would be traced as arithmetic on shapes.
+        network = copy.deepcopy(model).cpu().float().eval().to(memory_format=torch.contiguous_format)
         # A batch of 1 would be taken for a constant.
         pairs = tuple(value[:2].clone() if len(value) > 1 else torch.cat([value, value]) for value in inputs)
         batch = torch.export.Dim(BATCH, min=1, max=max_batch)

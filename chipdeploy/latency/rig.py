@@ -70,7 +70,7 @@ class Rig:
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, setting: Setting) -> None:
         self.graph, self.setting = graph, setting
-        self._model = copy.deepcopy(model).to("cpu").eval()
+        self._model = copy.deepcopy(model).to("cpu").eval().to(memory_format=torch.contiguous_format)
         self._stack = ExitStack()
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="chipdeploy-")))
         draw = np.random.default_rng(0)

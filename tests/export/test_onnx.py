@@ -16,6 +16,7 @@ from torch import nn
 from chipdeploy.engines.base import open_engine
 from chipdeploy.errors import ExportError, UsageError
 from chipdeploy.export.onnx import check_digest, export_onnx, model_digest
+from chipdeploy.training.models import build_model
 
 Pair = namedtuple("Pair", ["boxes", "scores"])
 
@@ -58,6 +59,13 @@ def exported(tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
+def test_the_memory_format_of_the_weights_leaves_no_ops(tmp_path):
+    model = build_model("resnet20", num_classes=10, in_channels=3, image_size=8).eval()
+    plain = export_onnx(model, torch.randn(2, 3, 8, 8), tmp_path / "plain.onnx")
+    last = export_onnx(model.to(memory_format=torch.channels_last), torch.randn(2, 3, 8, 8), tmp_path / "last.onnx")
+    assert last.op_types == plain.op_types
+
+
 def test_every_batch_size_runs(exported, batch):
     net, file = exported
     images = torch.randn(batch, 3, 8, 8)

@@ -188,32 +188,20 @@ class _Cut:
         self._copy(node)
 
     def _conv(self, node: Any) -> None:
-        weight, groups = node.input[1], next((a.i for a in node.attribute if a.name == "group"), 1)
-        out, keep = self._sliced(node, weight)
-        if not keep:
-            return
-        made = self._copy(node)
-        made.input[1] = keep
-        if len(node.input) > 2:
-            made.input[2] = self._cut_vector(node.input[2], out)
-        if groups > 1:
-            left = self._s._counts.get((weight.removesuffix(".weight"), "groups"))
-            number = groups if left is None else int(self._living(left).sum())
-            next(a for a in made.attribute if a.name == "group").i = number
+        made = self._weighted(node)
+        group = next((a for a in made.attribute if a.name == "group"), None) if made else None
+        if group is not None and group.i > 1:
+            left = self._s._counts.get((node.input[1].removesuffix(".weight"), "groups"))
+            group.i = group.i if left is None else int(self._living(left).sum())
 
     def _gemm(self, node: Any) -> None:
         if not any(a.name == "transB" and a.i == 1 for a in node.attribute):
             raise ExportError("no rule to cut a Gemm whose weight is not transposed")
-        out, keep = self._sliced(node, node.input[1])
-        if not keep:
-            return
-        made = self._copy(node)
-        made.input[1] = keep
-        if len(node.input) > 2:
-            made.input[2] = self._cut_vector(node.input[2], out)
+        self._weighted(node)
 
-    def _sliced(self, node: Any, weight: str) -> tuple[Ints, str]:
-        """The output's labels and the name of the cut weight; no name where nothing of the layer is left."""
+    def _weighted(self, node: Any) -> Any:
+        """The layer with its weight [out, in, ...] and bias cut; None where nothing of it is left."""
+        weight = node.input[1]
         if weight not in self._s._arrays:
             raise ExportError(f"no rule to cut a {node.op_type} whose weight is computed")
         values = self._s._arrays[weight]
@@ -222,10 +210,14 @@ class _Cut:
         cut = values[self._living(out)][:, self._living(into)]
         if cut.size == 0 or self._now(node.input[0]) is DEAD:
             self._names[node.output[0]] = DEAD
-            return out, ""
+            return None
         factor = cut.dtype.type(self._folds.get(weight, 1))  # of a scaling branch that is gone
         self._made[f"{weight}:cut"] = np.ascontiguousarray(cut * factor)
-        return out, f"{weight}:cut"
+        made = self._copy(node)
+        made.input[1] = f"{weight}:cut"
+        if len(node.input) > 2:
+            made.input[2] = self._cut_vector(node.input[2], out)
+        return made
 
     def _cut_vector(self, name: str, index: Ints) -> str:
         """A vector over channels, cut like them."""

@@ -85,7 +85,7 @@ def test_a_damaged_profile_is_refused(call, profile, tmp_path, what):
         (("--latency", "0.5", "--flops", "0.5"), 2, "one budget at a time"),
         (("--latency-ms", "0.2", "--fps", "9"), 2, "one budget at a time"),
         (("--latency-ms", "1e6"), 2, "already"),
-        (("--latency", "0.0001"), 5, "out of reach"),
+        (("--latency", "0.000001"), 5, "out of reach"),
         (("--fps", "-1"), 2, "fps"),
         (("--latency", "0.5", "--threads", "2"), 3, "threads"),
         (("--latency", "0.5", "--bench-batch", "2"), 3, "batch"),

@@ -14,8 +14,8 @@ from chipdeploy.config import DEFAULT_ALIGN, PruneConfig
 from chipdeploy.engines.target import Target
 from chipdeploy.graph.channels import ChannelGraph, Mask
 from chipdeploy.latency.calibrate import check_reach, curves
-from chipdeploy.latency.environment import environment
 from chipdeploy.latency.goal import Goal
+from chipdeploy.latency.gpu import environment_of
 from chipdeploy.latency.meet import Met, OnTry, meet
 from chipdeploy.latency.profile import LatencyProfile
 from chipdeploy.latency.profiling import OnRound, measure_profile
@@ -101,7 +101,7 @@ def arrange(
         return None
     shape = tuple(graph.input_shape[1:])
     setting = Setting(Target.parse(config.on), config.bench_batch, shape, config.threads)
-    here = environment()
+    here = environment_of(setting.target)
     profile = _found(config, graph, setting, here, folder, run)
     if profile is None:
         make_folder(folder)

@@ -13,9 +13,7 @@ from .output import console, note, print_json, quoted
 
 def calibrate(
     model: options.Model = None,
-    latency: Annotated[
-        str | None, typer.Option("--latency", metavar="SHARE", help="Share of the dense time: 0.5 or 50%.")
-    ] = None,
+    latency: options.Latency = None,
     latency_ms: options.LatencyMs = None,
     fps: options.Fps = None,
     on: options.On = None,
@@ -45,7 +43,7 @@ def calibrate(
     given = {
         key: value for key, value in (goal | where | {"align": align, "model": model}).items() if value is not None
     }
-    with rounds() as on_round, steps() as (begin, progress):
+    with rounds() as on_round, steps() as (_, progress):
         facts = calibrate_model(
             build(PruneConfig, given),
             classes=classes,
@@ -56,7 +54,6 @@ def calibrate(
             on_round=on_round,
             on_point=lambda done, size: progress("latency against budget", done, size),
         )
-        del begin
     if facts["foreign"]:
         note(f"note: the profile was {facts['foreign']}")
     if json:

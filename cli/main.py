@@ -22,7 +22,7 @@ from .output import note, print_json
 
 INTERRUPTED = 130
 # These go on where they were; the others begin again, and leave what was there before.
-RESUMABLE = ("prune", "train", "demo", "profile")
+RESUMABLE = ("prune", "train", "demo")
 # Typer carries its own copy of click from 0.2x on: its base of all usage errors is reached by way of a public one.
 TyperUsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 
@@ -104,6 +104,8 @@ def run(arguments: list[str]) -> int:
 def _again(arguments: list[str]) -> str:
     if arguments and arguments[0] in RESUMABLE:
         return "give the same command with --run and the run's folder to resume"
+    if arguments and arguments[0] == "profile":
+        return "give the same command again: it goes on after the last round"
     return "give the same command again: nothing was changed"
 
 

@@ -34,6 +34,9 @@ Mean = Annotated[
     str | None, typer.Option("--mean", help="Mean of each channel for pixels in [0, 1], e.g. 0.5,0.5,0.5.")
 ]
 Std = Annotated[str | None, typer.Option("--std", help="Standard deviation of each channel, likewise.")]
+Latency = Annotated[
+    str | None, typer.Option("--latency", metavar="SHARE", help="Share of the dense time that stays: 0.5 or 50%.")
+]
 LatencyMs = Annotated[
     float | None, typer.Option("--latency-ms", help="Milliseconds that an inference may take on the target.")
 ]

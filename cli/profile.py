@@ -68,7 +68,7 @@ def _measure(
 
     from chipdeploy.engines.target import Target
     from chipdeploy.graph.trace import trace
-    from chipdeploy.latency.environment import environment
+    from chipdeploy.latency.gpu import environment_of
     from chipdeploy.latency.profiling import measure_profile
     from chipdeploy.latency.rig import Setting
     from chipdeploy.latency.store import file_name
@@ -82,7 +82,7 @@ def _measure(
     network = build_model(spec, num_classes=classes, in_channels=channels, image_size=size)
     example = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
     graph = trace(network, example, exclude=exclude)
-    path = out or folder / file_name(spec, graph, setting, str(environment()["machine"]))
+    path = out or folder / file_name(spec, graph, setting, str(environment_of(setting.target)["machine"]))
     make_folder(path.parent)
     note(f"measuring {spec} on {setting.name}: about {minutes:g} minutes, kept in {path}")
     with rounds() as on_round:
@@ -156,11 +156,11 @@ def _list(folder: Path, json: bool) -> None:
 
 
 def _look(name: str, folder: Path, check: bool, json: bool) -> None:
-    from chipdeploy.latency.environment import environment
+    from chipdeploy.latency.gpu import environment_of
     from chipdeploy.latency.store import by_name
 
     found = by_name(name, folder)
-    facts = _facts(found) | {"foreign": found.foreign(environment())}
+    facts = _facts(found) | {"foreign": found.foreign(environment_of(found.setting.target))}
     if json:
         print_json(facts)
         return

@@ -19,9 +19,7 @@ def prune(
     params: Annotated[str | None, typer.Option("--params", help="Share of the parameters that stays.")] = None,
     channels: Annotated[str | None, typer.Option("--channels", help="Share of the channels that stays.")] = None,
     volume: Annotated[str | None, typer.Option("--volume", help="Share of the activation volume that stays.")] = None,
-    latency: Annotated[
-        str | None, typer.Option("--latency", metavar="SHARE", help="Share of the dense time that stays, measured.")
-    ] = None,
+    latency: options.Latency = None,
     latency_ms: options.LatencyMs = None,
     fps: options.Fps = None,
     on: options.On = None,

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from chipdeploy.engines.target import Target
+from chipdeploy.latency.environment import environment
+
 # Bits of NVML's clock event reasons that mean the GPU is slower than it could be. Idling and clocks that somebody set
 # are no slowdown of the moment.
 SLOWDOWNS = {
@@ -23,6 +26,15 @@ ENERGY_S = 1.0
 def slowdowns(bits: int) -> list[str]:
     """The names of the slowdowns in NVML's bit field."""
     return [name for bit, name in SLOWDOWNS.items() if bits & bit]
+
+
+def environment_of(target: Target) -> dict[str, Any]:
+    """`environment`, and the GPU where the target runs on one: there the machine is named after it."""
+    facts, watch = environment(), GpuWatch.open() if target.on_gpu else None
+    if watch:
+        gpu = watch.facts()
+        facts |= {"gpu": gpu, "machine": f"{gpu['name']}, {facts['cpu']}"}
+    return facts
 
 
 class GpuWatch:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from chipdeploy.chipnet.costs import CostModel
 from chipdeploy.engines.target import Target
 from chipdeploy.errors import ChipdeployError, RunError
 from chipdeploy.graph.channels import ChannelGraph
@@ -121,8 +122,6 @@ class LatencyProfile:
 
         A step counts as a stair where the network without it saves at least half the share of the MACs that it lacks.
         """
-        from chipdeploy.chipnet.costs import CostModel
-
         cost = CostModel.of(graph, "macs")
         ratios = {step: ratio for step, (_, ratio) in zip(self.steps, self.variants, strict=False)}
         for step, widths in probes(graph).items():

@@ -12,7 +12,7 @@ from torch import nn
 from chipdeploy.errors import RunError, UsageError
 from chipdeploy.graph.channels import ChannelGraph, Mask
 from chipdeploy.graph.labels import Ints
-from chipdeploy.latency.environment import environment
+from chipdeploy.latency.gpu import environment_of
 from chipdeploy.latency.predict import LEAST
 from chipdeploy.latency.profile import LatencyProfile, Round, Variant, graph_digest
 from chipdeploy.latency.rig import Rig, Setting
@@ -66,7 +66,7 @@ def measure_profile(
                 break  # the network has no more plans
             one = measured_round(rig, widths)
             now = time.monotonic()
-            profile = profile.grown(one, steps, {**environment(), **rig.describe()}, now - began)
+            profile = profile.grown(one, steps, rig.describe(), now - began)
             began = now
             if path:
                 profile.save(path)
@@ -116,7 +116,7 @@ def _top(graph: ChannelGraph, widths: Ints) -> Mask:
 
 def _begun(graph: ChannelGraph, setting: Setting, name: str, seed: int, path: Path | None) -> LatencyProfile:
     """An empty profile, or the one in `path`, if it is of the same."""
-    empty = LatencyProfile(name, graph_digest(graph), setting, environment(), seed)
+    empty = LatencyProfile(name, graph_digest(graph), setting, environment_of(setting.target), seed)
     if path is None or not path.is_file():
         return empty
     found = LatencyProfile.load(path)

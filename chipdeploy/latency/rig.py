@@ -27,8 +27,7 @@ from chipdeploy.export.shrink import Shrinker
 from chipdeploy.graph.channels import ChannelGraph, Mask
 from chipdeploy.graph.plan import PrunePlan
 from chipdeploy.graph.surgery import hard_prune
-from chipdeploy.latency.environment import environment
-from chipdeploy.latency.gpu import GpuWatch
+from chipdeploy.latency.gpu import GpuWatch, environment_of
 from chipdeploy.latency.layers import layer_names, layer_seconds
 from chipdeploy.latency.measure import Comparison, compare_many
 
@@ -78,13 +77,13 @@ class Rig:
         self._few = torch.from_numpy(draw.standard_normal((2, *setting.input_shape), dtype=np.float32))
         self._shrinker: Shrinker | None = None
         self._made = 0
-        everything = np.ones(graph.channels, dtype=np.bool_)
+        self._dense: Path | nn.Module = self._model
         if setting.target.runtime != "torch":
             self._dense_path = self._folder / "dense.onnx"
             export_onnx(self._model, self._few, self._dense_path, max_batch=max(2, setting.batch))
-            self._shrinker = self._try_shrinker(everything)
+            self._shrinker = self._try_shrinker()
             self._names = layer_names(self._dense_path)
-        self._dense_engine = partial(self.engine, everything)
+            self._dense = self._finished(self._dense_path)
         self.renew()
         self._kept = set(self._folder.iterdir())
 
@@ -96,7 +95,7 @@ class Rig:
 
     def renew(self) -> None:
         """Open the dense network and its control anew: where an engine lies in memory moves its time a little."""
-        self.dense, self.control = self._dense_engine(), self._dense_engine()
+        self.dense, self.control = self._opened(self._dense), self._opened(self._dense)
 
     @property
     def quick(self) -> bool:
@@ -109,15 +108,14 @@ class Rig:
         Raises:
             ExportError: the cut network cannot be exported.
         """
-        target, options = self.setting.target, {} if self.setting.target.on_gpu else {"threads": self.setting.threads}
         small = hard_prune(self._model, self.graph, PrunePlan.from_mask(self.graph, mask)).eval()
-        if target.runtime == "torch":
-            return open_engine(target, small, **options)
+        if self.setting.target.runtime == "torch":
+            return self._opened(small)
         self._made += 1
         path = self._folder / f"{self._made}.onnx"
         if not (self._shrinker and self._shrunk(self._shrinker, small, mask, path)):
             export_onnx(small, self._few, path, max_batch=max(2, self.setting.batch))
-        return open_engine(target, self._finished(path), **options)
+        return self._opened(self._finished(path))
 
     def time(
         self,
@@ -145,17 +143,13 @@ class Rig:
             on_block=on_block,
             throttled=watch.throttled if watch else None,
         )
-        facts = {**found[0].environment, **self.describe(watch)}
+        own = self.describe()
+        facts = {**own, **found[0].environment, "machine": own["machine"]}
         return [replace(one, environment=facts, target=target.name, on_device=timed) for one in found]
 
-    def describe(self, watch: GpuWatch | None = None) -> dict[str, Any]:
-        """The engine, and the GPU where it runs on one, as JSON values."""
-        facts: dict[str, Any] = {"engine": self.dense.describe(), "quick_cuts": self.quick}
-        watch = watch or (GpuWatch.open() if self.setting.target.on_gpu else None)
-        if watch:
-            gpu = watch.facts()
-            facts |= {"gpu": gpu, "machine": f"{gpu['name']}, {environment()['cpu']}"}
-        return facts
+    def describe(self) -> dict[str, Any]:
+        """The machine and the engine, as JSON values."""
+        return environment_of(self.setting.target) | {"engine": self.dense.describe(), "quick_cuts": self.quick}
 
     def layers(self, engine: Engine, runs: int = 10) -> dict[str, float]:
         """Seconds of the layers of the channel graph, by name; what belongs to none is under "". Empty where the
@@ -164,10 +158,14 @@ class Rig:
             return {}
         return layer_seconds(engine.layer_times(self.images, runs), self._names)
 
-    def _try_shrinker(self, everything: Mask) -> Shrinker | None:
+    def _opened(self, artifact: Path | nn.Module) -> Engine:
+        target = self.setting.target
+        return open_engine(target, artifact, **({} if target.on_gpu else {"threads": self.setting.threads}))
+
+    def _try_shrinker(self) -> Shrinker | None:
         shrinker = Shrinker(self._dense_path, self.graph)
         try:
-            shrinker.shrink(everything)
+            shrinker.shrink(np.ones(self.graph.channels, dtype=np.bool_))
         except ExportError:
             return None
         return shrinker

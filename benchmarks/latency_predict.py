@@ -24,7 +24,8 @@ from latency_nets import MODELS, PROFILES, Subject, profile_path, subject
 
 from chipdeploy.chipnet.costs import CostModel, Floats
 from chipdeploy.latency.environment import environment
-from chipdeploy.latency.predict import LatencyCost, Sample, fit, learnt
+from chipdeploy.latency.laws import Law, fitted_laws, laws_of_layers
+from chipdeploy.latency.predict import Sample, fit
 from chipdeploy.latency.profile import LatencyProfile, graph_digest
 from chipdeploy.latency.profiling import A_ROUND, measure_profile, measured_round
 from chipdeploy.latency.rig import Rig
@@ -112,10 +113,11 @@ def _compared(one: Subject, profile: LatencyProfile, held: LatencyProfile) -> li
     guesses: dict[str, Callable[[list[Sample]], Floats]] = {
         "FLOPs, a line": _line(one, seen),
         "sum of isolated layers": lambda rows: np.array([isolated[row.widths.tobytes()] for row in rows]),
-        "layers in place": _in_place(one, seen, step),
+        "laws of layers in place": _in_place(one, seen, step),
+        "these, corrected for the whole": _corrected(one, seen, step),
         "gradient boosting": _boosted(one, seen),
-        "in place, corrected": _cost(fit(one.graph, seen, step)),
-        "in place, corrected, no layer times": _cost(fit(one.graph, [_blind(sample) for sample in seen], step)),
+        "chipdeploy": _kriged(one, seen, step),
+        "chipdeploy, no layer times": _kriged(one, [_blind(sample) for sample in seen], step),
     }
     facts = {"model": one.name, "setting": one.setting.name, "machine": held.machine, "minutes": profile.spent_s / 60}
     facts |= {"networks": len(profile.variants), "held": len(unseen), "align": step}
@@ -144,7 +146,8 @@ def _blind(sample: Sample) -> Sample:
     return Sample(sample.widths, sample.ratio, {})
 
 
-def _cost(cost: LatencyCost) -> Callable[[list[Sample]], Floats]:
+def _kriged(one: Subject, seen: list[Sample], step: int) -> Callable[[list[Sample]], Floats]:
+    cost = fit(one.graph, seen, step)
     return lambda rows: cost.counts(np.stack([row.widths for row in rows]))
 
 
@@ -163,10 +166,27 @@ def _line(one: Subject, seen: list[Sample]) -> Callable[[list[Sample]], Floats]:
 def _in_place(one: Subject, seen: list[Sample], step: int) -> Callable[[list[Sample]], Floats]:
     """The laws of the layers, summed, scaled by one number."""
     shapes = LayerShapes.of(one.graph)
-    cost = LatencyCost(shapes, learnt(shapes, seen, step), 0.0, step)
-    plain = _cost(cost)
+    laws = laws_of_layers(shapes, [row.layers for row in seen], np.stack([row.widths for row in seen]), step)
+    plain = _summed(shapes, laws, 0.0)
     scale = float(np.median([sample.ratio for sample in seen] / plain(seen)))
     return lambda rows: scale * plain(rows)
+
+
+def _corrected(one: Subject, seen: list[Sample], step: int) -> Callable[[list[Sample]], Floats]:
+    """Every law scaled to fit the whole networks; what chipdeploy's predictor starts from."""
+    shapes, widths = LayerShapes.of(one.graph), np.stack([row.widths for row in seen])
+    return _summed(
+        shapes, *fitted_laws(shapes, [row.layers for row in seen], widths, np.array([row.ratio for row in seen]), step)
+    )
+
+
+def _summed(shapes: LayerShapes, laws: tuple[Law, ...], constant: float) -> Callable[[list[Sample]], Floats]:
+    def total(rows: list[Sample]) -> Floats:
+        into, out, alive = shapes.at(np.stack([row.widths for row in rows]))
+        times = np.stack([laws[kind].at(into[:, n], out[:, n]) for n, kind in enumerate(shapes.kinds)], axis=1)
+        return constant + np.asarray((times * alive).sum(axis=1))
+
+    return total
 
 
 def _boosted(one: Subject, seen: list[Sample]) -> Callable[[list[Sample]], Floats]:

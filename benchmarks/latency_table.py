@@ -25,9 +25,11 @@ def main() -> None:
     folder = parser.parse_args().results
     page = PAGE.read_text(encoding="utf-8")
     for name, rows in (("predictors", _predictors(folder)), ("targets", _targets(folder))):
+        store = _read(folder, f"{name}.json")
+        where = f"{store['environment']['machine']}; {store['rows' if name == 'predictors' else 'cells'][0]['setting']}"
         start, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
         before, rest = page.split(start)
-        page = f"{before}{start}{markdown_grid(HEADERS[name], rows)}\n{end}{rest.split(end)[1]}"
+        page = f"{before}{start}{markdown_grid(HEADERS[name], rows)}\n\nMachine: {where}.\n{end}{rest.split(end)[1]}"
     write_text(PAGE, page)
 
 

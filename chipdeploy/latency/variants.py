@@ -56,7 +56,10 @@ class Variants:
         """Up to `count` new plans, widths [G] each: fewer where the network has no more."""
         taken: list[Ints] = []
         for _ in range(count):
-            candidates = [w for w in (self._one() for _ in range(CANDIDATES)) if w.tobytes() not in self._seen]
+            # On the stairs or off them is drawn first: off them all is new, and would always be taken.
+            projector = self._off if self._draw.random() < FREE_SHARE else self._on
+            drawn = [self._one(projector) for _ in range(CANDIDATES)]
+            candidates = [widths for widths in drawn if widths.tobytes() not in self._seen]
             if not candidates:
                 break
             best = max(candidates, key=self._worth)
@@ -78,8 +81,7 @@ class Variants:
                 taken.append(widths)
         return taken
 
-    def _one(self) -> Ints:
-        projector = self._off if self._draw.random() < FREE_SHARE else self._on
+    def _one(self, projector: Projector) -> Ints:
         return self._proposal(projector) if self._draw.random() < PROPOSED_SHARE else self._spread(projector)
 
     def _proposal(self, projector: Projector) -> Ints:

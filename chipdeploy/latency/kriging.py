@@ -18,8 +18,9 @@ from chipdeploy.graph.labels import Ints
 from chipdeploy.latency.laws import Law
 from chipdeploy.latency.shapes import LayerShapes
 
-REACHES = (0.4, 0.7, 1.2)  # over which widths are alike, in logarithms
-KINSHIPS = (0.5, 0.75, 0.9)  # of widths that differ in being multiples of one step
+REACHES = (0.4, 0.7, 1.2)
+KINSHIPS = (0.5, 0.75, 0.9)
+MARKS = ((1 / 4, 1), (1 / 2, 1, 2), (1 / 4, 1 / 2, 1), (1 / 4, 1 / 2, 1, 2))  # in steps of the stairs
 AMPLITUDES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)  # of the deviations, relative to the law
 NOISES = (0.0025, 0.005, 0.01, 0.02, 0.04)  # of a measured ratio
 FLOOR = 0.02  # of the kind's largest time, added to what a deviation is relative to
@@ -27,19 +28,23 @@ FLOOR = 0.02  # of the kind's largest time, added to what a deviation is relativ
 
 @dataclass(frozen=True)
 class Likeness:
-    """How alike the times of two widths are."""
+    """How alike the times of two widths are.
+
+    Args:
+        reach: over which widths are alike, in logarithms.
+        kinship: what is left of it where one width is a multiple of a mark and the other is not, for each mark.
+        marks: steps that the device may have besides the stairs that were found, and these.
+    """
 
     reach: float
     kinship: float
+    marks: tuple[int, ...]
     step: int
 
     def of(self, one: Floats, other: Floats) -> Floats:
         """Correlations [N, M] of widths [N] and [M] of one side."""
         apart = np.log1p(one / self.step)[:, None] - np.log1p(other / self.step)
-        strange = sum(
-            ((one % step == 0)[:, None] != (other % step == 0)).astype(np.float64)
-            for step in {max(2, self.step // 2), self.step, 2 * self.step}
-        )
+        strange = sum(((one % mark == 0)[:, None] != (other % mark == 0)).astype(np.float64) for mark in self.marks)
         return np.asarray(np.exp(-0.5 * (apart / self.reach) ** 2) * self.kinship**strange)
 
 
@@ -107,8 +112,8 @@ def krige(
     said = constant + sum((one.counts @ law.at(one.into, one.out) for one, law in zip(cells, laws, strict=True)))
     errors = (ratios - said) / ratios
     best: tuple[float, Likeness, float, Floats, Floats] | None = None
-    for reach, kinship in product(REACHES, KINSHIPS):
-        likeness = Likeness(reach, kinship, step)
+    for reach, kinship, marks in product(REACHES, KINSHIPS, _marks(step)):
+        likeness = Likeness(reach, kinship, marks, step)
         covariance = sum(one.alike(likeness, law.deep) for one, law in zip(cells, laws, strict=True))
         values, vectors = np.linalg.eigh(covariance / np.outer(ratios, ratios))
         turned = vectors.T @ errors
@@ -125,6 +130,12 @@ def krige(
     # Each network predicted by all others, without fitting again: section 5.4.2 there.
     alone = pull / np.diag(inverse)
     return Kriged(extras, np.log((1 - alone).clip(min=0.05)))
+
+
+def _marks(step: int) -> list[tuple[int, ...]]:
+    """Channels of every set of marks; a mark of one channel tells nothing apart."""
+    found = (tuple(sorted({int(mark * step) for mark in marks if mark * step >= 2})) for marks in MARKS)
+    return sorted(set(found))
 
 
 def _cells(shapes: LayerShapes, laws: tuple[Law, ...], widths: Ints) -> list[Cells]:

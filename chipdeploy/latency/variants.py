@@ -14,8 +14,8 @@ from chipdeploy.latency.shapes import LayerShapes
 
 STEPS = (1, 2, 4, 8, 16, 32)  # channels: what the stairs of a device may be
 CANDIDATES = 8  # plans that are drawn for each that is taken
-FREE_SHARE = 0.1  # of the plans with widths off the stairs
-PROPOSED_SHARE = 0.4  # of the plans such as a projection proposes: what will be asked for later
+FREE_SHARE = 0.15  # of the plans with widths off the stairs
+PROPOSED_SHARE = 0.5  # of the plans such as a projection proposes: what will be asked for later
 BINS = 12  # of the share of the MACs
 Cell = tuple[int, int, int]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The tables of docs/latency.md, from the JSON files of the latency benchmarks: latency_table.py [--results DIR]."""
+"""The tables of docs/latency.md, from the JSON of the latency and memory benchmarks: latency_table.py [--results DIR]."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from chipdeploy.report.tables import markdown_grid
+from chipdeploy.report.tables import bytes_text, markdown_grid
 from chipdeploy.run import write_text
 
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "latency.md", ROOT / "benchmarks" / "results" / "latency"
 HEADERS = {
     "predictors": ("network", "predictor", "measured networks", "within 5 %", "within 10 %", "bias", "Spearman"),
+    "memory": ("network", "batch", "weights", "activations", "ONNX Runtime's process grows by", "of the plan"),
     "targets": ("network", "goal", "found", "in a fresh process", "95 %", "over the goal", "cuts measured"),
 }
 
@@ -24,12 +25,17 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     folder = parser.parse_args().results
     page = PAGE.read_text(encoding="utf-8")
-    for name, rows in (("predictors", _predictors(folder)), ("targets", _targets(folder))):
-        store = _read(folder, f"{name}.json")
-        where = f"{store['environment']['machine']}; {store['rows' if name == 'predictors' else 'cells'][0]['setting']}"
+    stores = {name: _read(folder, f"{name}.json") for name in ("predictors", "targets")}
+    stores["memory"] = _read(folder.parent, "memory.json")
+    for name, make in (("predictors", _predictors), ("targets", _targets), ("memory", _memory)):
+        where = f"Machine: {stores[name]['environment']['machine']}"
+        if name != "memory":
+            where += f"; {stores[name]['rows' if name == 'predictors' else 'cells'][0]['setting']}"
         start, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
         before, rest = page.split(start)
-        page = f"{before}{start}{markdown_grid(HEADERS[name], rows)}\n\nMachine: {where}.\n{end}{rest.split(end)[1]}"
+        page = (
+            f"{before}{start}{markdown_grid(HEADERS[name], make(stores[name]))}\n\n{where}.\n{end}{rest.split(end)[1]}"
+        )
     write_text(PAGE, page)
 
 
@@ -37,9 +43,9 @@ def _read(folder: Path, name: str) -> Any:
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
-def _predictors(folder: Path) -> list[tuple[str, ...]]:
+def _predictors(store: Any) -> list[tuple[str, ...]]:
     rows = []
-    for row in _read(folder, "predictors.json")["rows"]:
+    for row in store["rows"]:
         guesses = zip(row["guesses"], row["ratios"], row["on_stairs"], strict=True)
         stairs = [abs(guess / ratio - 1) for guess, ratio, on in guesses if on]
         on = f"{sum(error <= 0.05 for error in stairs) / len(stairs):.0%}"
@@ -57,7 +63,19 @@ def _predictors(folder: Path) -> list[tuple[str, ...]]:
     return rows
 
 
-def _targets(folder: Path) -> list[tuple[str, ...]]:
+def _memory(store: Any) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{row['network']}, {row['image']} px",
+            str(row["batch"]),
+            *(bytes_text(row[key]) for key in ("weight_bytes", "activation_bytes", "grown_bytes")),
+            f"{row['grown_bytes'] / (row['weight_bytes'] + row['activation_bytes']):.1f}x",
+        )
+        for row in store["rows"]
+    ]
+
+
+def _targets(store: Any) -> list[tuple[str, ...]]:
     return [
         (
             cell["model"],
@@ -68,7 +86,7 @@ def _targets(folder: Path) -> list[tuple[str, ...]]:
             f"{cell['over']:+.1%}",
             str(len(cell["tries"])),
         )
-        for cell in _read(folder, "targets.json")["cells"]
+        for cell in store["cells"]
     ]
 
 

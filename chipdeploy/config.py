@@ -60,6 +60,7 @@ class PruneConfig(TrainConfig):
     via: Literal["latency", "flops"] = "latency"
     profile: str | None = None
     minutes: float = Field(default=3.0, gt=0, lt=24 * 60)
+    max_size_mb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     weights: str | None = None
     align: int | Literal["auto"] = DEFAULT_ALIGN
     min_width: int = Field(default=1, ge=1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from chipdeploy.chipnet.costs import Floats
 from chipdeploy.chipnet.project import Projector
 from chipdeploy.chipnet.soft import LATENCY, Budget, ChipNet
 from chipdeploy.config import DEFAULT_ALIGN, PruneConfig
@@ -24,6 +26,7 @@ from chipdeploy.latency.store import by_name, file_name, matching
 from chipdeploy.run import Run, make_folder
 
 PROFILE, MEASURED = "profile.json", "latency.json"
+Project = Callable[[Floats, float], Mask]
 VIA_FLOPS = "flops"
 
 
@@ -55,14 +58,17 @@ class Meeting:
         curve = curves(graph, self.profile.cost(graph), align, kinds=(VIA_FLOPS,))[0]
         return Budget(VIA_FLOPS, min(0.99, curve.at(self.share)[0]))
 
-    def settle(self, model: nn.Module, chip: ChipNet, on_try: OnTry | None = None) -> Met:
-        """The plan whose measured time meets the goal, by the ranking that `chip` has learnt."""
+    def settle(self, model: nn.Module, chip: ChipNet, project: Project, on_try: OnTry | None = None) -> Met:
+        """The plan whose measured time meets the goal, by the ranking that `chip` has learnt.
+
+        Args:
+            project: the best plan under a share of the budget, by scores.
+        """
         cost = self.profile.cost(chip.graph)
-        projector, scores = chip.projector, chip.scores()
-        smallest = projector.smallest
+        scores, smallest = chip.scores(), chip.projector.smallest
 
         def propose(keep: float) -> Mask:
-            return projector.project(scores, min(0.9999, max(keep, smallest)))
+            return project(scores, min(0.9999, max(keep, smallest)))
 
         with Rig(model, chip.graph, self.profile.setting) as rig:
             return meet(rig, cost, propose, self.share, on_try=on_try)

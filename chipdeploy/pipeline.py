@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from chipdeploy import checkpoint
-from chipdeploy.chipnet.costs import COSTS, UNITS, CostModel
+from chipdeploy.chipnet.costs import COSTS, UNITS, Cost, CostModel
 from chipdeploy.chipnet.project import Projector
 from chipdeploy.chipnet.soft import LATENCY, Budget, ChipNet
 from chipdeploy.config import PruneConfig, TrainConfig
 from chipdeploy.errors import MissingError, ModelError, RunError
 from chipdeploy.files import digest
-from chipdeploy.graph.channels import ChannelGraph
+from chipdeploy.graph.channels import ChannelGraph, Mask
 from chipdeploy.graph.plan import PrunePlan, dead_branches, group_widths
 from chipdeploy.graph.proof import evaluating
 from chipdeploy.graph.surgery import hard_prune
@@ -30,6 +31,7 @@ from chipdeploy.latency.profiling import OnRound
 from chipdeploy.latency.store import FOLDER
 from chipdeploy.meeting import MEASURED, PROFILE, Meeting, arrange, keep_profile, latency_facts, step
 from chipdeploy.run import CONFIG, Run, make_folder, read_json, write_json
+from chipdeploy.sizing import Sizing
 from chipdeploy.training.data import ImageData, load_data
 from chipdeploy.training.loop import Watcher, evaluate, renew_norms, train_epoch
 from chipdeploy.training.models import build_model
@@ -165,15 +167,21 @@ def check_budget(
     graph = trace(model, job.example, exclude=config.exclude)
     _check_output(model, job.example, job.data.num_classes)
     meeting = arrange(config, model, graph, folder=profiles, run=run, on_round=on_round)
-    if meeting and meeting.goal:
-        return f"take at most {meeting.text()}", meeting
-    budget = Budget(config.kind, config.keep)
-    cost = CostModel.of(graph, budget.cost)
     align = step(config, meeting, graph)
-    projector = Projector(graph, cost, align, min_width=config.min_width, blocks=config.blocks)
-    projector.check(config.keep)
-    unit = UNITS[budget.cost]
-    text = f"keep at most {config.keep:.4g} of the {unit}: {config.keep * cost.dense:,.0f} of {cost.dense:,.0f}"
+    cost: Cost
+    if meeting and meeting.goal:
+        cost, text = meeting.profile.cost(graph), f"take at most {meeting.text()}"
+        projector = Projector(graph, cost, align, min_width=config.min_width, blocks=config.blocks)
+    else:
+        budget = Budget(config.kind, config.keep)
+        cost, unit = CostModel.of(graph, budget.cost), UNITS[budget.cost]
+        projector = Projector(graph, cost, align, min_width=config.min_width, blocks=config.blocks)
+        projector.check(config.keep)
+        text = f"keep at most {config.keep:.4g} of the {unit}: {config.keep * cost.dense:,.0f} of {cost.dense:,.0f}"
+    if sizing := Sizing.of(config, model, projector):
+        with sizing:
+            sizing.check()
+        text += f"; at most {sizing.text()}"
     return text, meeting
 
 
@@ -301,8 +309,9 @@ class Pruning:
             self._note(self._look(chip, epoch, loss))
             self._save("soft", {"chip": chip, "optimizer": optimizer, "logits": chip.optimizer})
         assert self.best is not None
-        if self.meeting and self.meeting.goal and "met" not in self.best:
-            self._meet(chip)
+        limited = self.config.max_size_mb or (self.meeting and self.meeting.goal)
+        if limited and not self.best.get("settled"):
+            self._settle(chip)
             self._save("soft", {"chip": chip, "optimizer": optimizer, "logits": chip.optimizer})
         plan = PrunePlan.from_dict(self.best["plan"])
         small = hard_prune(self.dense, chip.graph, plan)
@@ -319,22 +328,37 @@ class Pruning:
             return self.meeting.budget(graph, align), align
         return Budget(self.config.kind, self.config.keep), align
 
-    def _meet(self, chip: ChipNet) -> None:
-        """Replace the plan by the one whose measured time meets the goal; channels that it adds come back as they were.
+    def _settle(self, chip: ChipNet) -> None:
+        """Replace the plan by one whose measured time meets the goal, and whose engine fits the size.
 
-        The finetune does not change the time, so it is measured before.
+        The finetune changes neither, so both are looked at before it.
         """
-        assert self.meeting and self.best is not None
-        self.watcher.phase("measuring cuts", 1, TRIES)
-        met = self.meeting.settle(chip.model, chip, lambda one: self.watcher.step(1, {"of the dense time": one.ratio}))
-        plan = PrunePlan.from_mask(chip.graph, met.mask)
+        assert self.best is not None
+        sizing = Sizing.of(self.config, chip.model, chip.projector)
+        with sizing or nullcontext():
+            if self.meeting and self.meeting.goal:
+                self.watcher.phase("measuring cuts", 1, TRIES)
+                project = sizing.project if sizing else chip.projector.project
+                shown = lambda one: self.watcher.step(1, {"of the dense time": one.ratio})  # noqa: E731
+                met = self.meeting.settle(chip.model, chip, project, shown)
+                self._take(chip, met.mask)
+                self.best["met"] = met.to_dict()
+            elif sizing:
+                self._take(chip, sizing.project(chip.scores(), chip.budget.keep))
+            if sizing:
+                plan = PrunePlan.from_dict(self.best["plan"])
+                self.best["memory"] = sizing.facts(plan.mask(chip.graph))
+        self.best["settled"] = True
+
+    def _take(self, chip: ChipNet, mask: Mask) -> None:
+        """Cut by another plan than the soft phase's; channels that it adds come back as they were."""
+        assert self.best is not None
+        plan = PrunePlan.from_mask(chip.graph, mask)
+        if plan.to_dict() == self.best["plan"]:
+            return
         cut = hard_prune(chip.folded(plan), chip.graph, plan)
         renew_norms(cut, self.job.data.train, batch=self.job.batch, device=self.job.device)
-        self.best |= {
-            "plan": plan.to_dict(),
-            "met": met.to_dict(),
-            "val_cut": evaluate(cut, self.job.data.val, self.job.device),
-        }
+        self.best |= {"plan": plan.to_dict(), "val_cut": evaluate(cut, self.job.data.val, self.job.device)}
         self.best_state = {name: tensor.clone() for name, tensor in cut.state_dict().items()}
 
     def _look(self, chip: ChipNet, epoch: int, loss: float) -> dict[str, Any]:
@@ -465,6 +489,8 @@ def prune(
     validation = {"soft": pruning.best["val_soft"], "cut": pruning.best["val_cut"], "epoch": pruning.best["epoch"]}
     result = summarise(config, graph, plan, accuracy, meeting, pruning.best.get("met"))
     result |= {"validation": validation, "inputs": job.inputs}
+    if "memory" in pruning.best:
+        result["memory"] = pruning.best["memory"]
     if "met" in pruning.best:
         run.write(MEASURED, pruning.best["met"])
     run.write(RESULT, result)

@@ -31,6 +31,13 @@ def prune(
     ] = None,
     profile: options.Profile = None,
     minutes: options.Minutes = None,
+    max_size_mb: Annotated[
+        float | None,
+        typer.Option(
+            "--max-size-mb",
+            help="Memory beside the budget: weights and the peak of the activations, in 10^6 bytes, at --bench-batch.",
+        ),
+    ] = None,
     data: options.Data = None,
     data_root: options.DataRoot = None,
     weights: Annotated[
@@ -88,6 +95,7 @@ def prune(
         "via": via,
         "profile": profile,
         "minutes": minutes,
+        "max_size_mb": max_size_mb,
         "align": align,
         "min_width": min_width,
         "blocks": blocks or None,

@@ -52,7 +52,7 @@ class Projector:
             raise UsageError(f"the alignment must be 1 or more, got {align}; 1 gives free widths")
         if min_width < 1:
             raise UsageError(f"the least width must be 1 or more, got {min_width}")
-        self._blocks = blocks
+        self._align, self._min_width, self._blocks = align, min_width, blocks
         self._low = _least(graph, graph.sizes.max() * min_width if blocks else min_width)
         self.graph, self.cost = graph, cost
         self._units = np.array([gcd(g.size, max(1, align // g.unit)) for g in graph.groups], dtype=np.int64)
@@ -69,6 +69,10 @@ class Projector:
     def smallest(self) -> float:
         """The least share of the cost that any legal plan keeps."""
         return self.cost.count(self.smallest_widths) / self.cost.dense
+
+    def under(self, cost: Cost) -> Projector:
+        """For another cost of the same graph, in the same steps."""
+        return Projector(self.graph, cost, self._align, min_width=self._min_width, blocks=self._blocks)
 
     def choices(self) -> list[tuple[tuple[int, ...], Ints]]:
         """Groups that are chosen together, and the widths among which they choose, [K, groups], the narrowest first."""

@@ -21,6 +21,7 @@ from chipdeploy.engines.base import Engine, Images, open_engine
 from chipdeploy.engines.build import BuildOptions, build_engine
 from chipdeploy.engines.target import Target
 from chipdeploy.errors import ExportError, UsageError
+from chipdeploy.export.memory import Footprint, footprint
 from chipdeploy.export.onnx import export_onnx
 from chipdeploy.export.precision import convert
 from chipdeploy.export.shrink import Shrinker
@@ -108,14 +109,20 @@ class Rig:
         Raises:
             ExportError: the cut network cannot be exported.
         """
-        small = hard_prune(self._model, self.graph, PrunePlan.from_mask(self.graph, mask)).eval()
+        small = self._cut(mask)
         if self.setting.target.runtime == "torch":
             return self._opened(small)
-        self._made += 1
-        path = self._folder / f"{self._made}.onnx"
-        if not (self._shrinker and self._shrunk(self._shrinker, small, mask, path)):
-            export_onnx(small, self._few, path, max_batch=max(2, self.setting.batch))
-        return self._opened(self._finished(path))
+        return self._opened(self._finished(self._file(small, mask)))
+
+    def footprint(self, mask: Mask) -> Footprint:
+        """Memory of the network cut by a mask [channels], as its ONNX file plans it.
+
+        Raises:
+            ExportError: the cut network cannot be exported, or its sizes are not known before it runs.
+        """
+        found = footprint(self._file(self._cut(mask), mask), self.setting.batch)
+        self.forget()
+        return found
 
     def time(
         self,
@@ -157,6 +164,17 @@ class Rig:
         if self.setting.target.runtime == "torch":
             return {}
         return layer_seconds(engine.layer_times(self.images, runs), self._names)
+
+    def _cut(self, mask: Mask) -> nn.Module:
+        return hard_prune(self._model, self.graph, PrunePlan.from_mask(self.graph, mask)).eval()
+
+    def _file(self, small: nn.Module, mask: Mask) -> Path:
+        """The ONNX file of a cut network, in fp32."""
+        self._made += 1
+        path = self._folder / f"{self._made}.onnx"
+        if not (self._shrinker and self._shrunk(self._shrinker, small, mask, path)):
+            export_onnx(small, self._few, path, max_batch=max(2, self.setting.batch))
+        return path
 
     def _opened(self, artifact: Path | nn.Module) -> Engine:
         target = self.setting.target

@@ -46,6 +46,9 @@ def summary_rows(result: Artifact, export: Artifact | None, bench: Sequence[Arti
     rows = [_accuracy_row(result["accuracy"])]
     dense, pruned = result["costs"]["dense"], result["costs"]["pruned"]
     rows += [_row(what, dense[key], pruned[key], _count(key)) for key, what in COSTS if key in dense and key in pruned]
+    if memory := result.get("memory"):
+        one, other = (memory[side]["weights"] + memory[side]["activations"] for side in ("dense", "pruned"))
+        rows.append(_row(f"memory, batch {memory['batch']}", one, other, bytes_text))
     if export:
         rows.append(_row("ONNX size", export["dense"]["bytes"], export["pruned"]["bytes"], bytes_text))
         rows.append(_row("ONNX ops", export["dense"]["ops"], export["pruned"]["ops"], str))

@@ -137,3 +137,25 @@ def test_stairs_from_a_profile_serve_any_budget(call, profile, small_data, tmp_p
     assert done.code == 0, done.err
     assert done.json["align"] in (1, 2, 4, 8, 16, 32)
     assert done.json["budget"]["achieved"] <= 0.5
+
+
+def test_a_memory_beside_the_budget_is_kept(call, small_data, tmp_path):
+    arguments = ("prune", "resnet20", "--flops", "0.6", "--align", "8", "--data", small_data, *SHORT, "--json")
+    done = call(*arguments, "--max-size-mb", "0.3", "--runs", tmp_path)
+    assert done.code == 0, done.err
+    memory = done.json["memory"]
+    assert sum(memory["dense"].values()) > 0.9e6
+    assert 0.2e6 < sum(memory["pruned"].values()) <= 0.3e6
+    assert done.json["budget"]["achieved"] <= 0.6
+    assert "at most 0.3 MB of weights and activations" in done.err
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [("0.001", "0.001 MB is out of reach: even at the smallest widths"), ("-1", "--max-size-mb")]
+)
+def test_a_memory_out_of_reach_is_refused_before_anything_is_written(call, small_data, tmp_path, size, words):
+    runs = tmp_path / "runs"
+    done = call("prune", "resnet20", "--flops", "0.6", "--data", small_data, "--max-size-mb", size, "--runs", runs)
+    assert done.code not in (0, 1), done.err
+    assert words in done.error
+    assert not runs.exists()

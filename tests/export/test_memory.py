@@ -1,0 +1,99 @@
+"""The memory that an ONNX file plans, against sums made by hand."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
+
+from chipdeploy.errors import ExportError
+from chipdeploy.export.memory import Footprint, footprint
+from chipdeploy.export.onnx import export_onnx
+
+SIDE = 8
+
+
+class Branches(nn.Module):
+    """A stream of 8 channels is alive beside a branch of 16."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.wide = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Conv2d(8, 16, 1, bias=False)
+        self.back, self.head = nn.Conv2d(16, 8, 1, bias=False), nn.Linear(8, 5, bias=False)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = x + self.back(torch.relu(self.wide(x)))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("memory") / "net.onnx"
+    export_onnx(Branches().eval(), torch.randn(2, 3, SIDE, SIDE), path)
+    return path
+
+
+def saved(nodes, ends, path, weights=()):
+    made = [
+        helper.make_tensor(name, TensorProto.FLOAT, values.shape, values.tobytes(), raw=True)
+        for name, values in weights
+    ]
+    inputs, outputs = ([helper.make_tensor_value_info(n, TensorProto.FLOAT, dims) for n, dims in one] for one in ends)
+    graph = helper.make_graph(nodes, "net", inputs, outputs, made)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_peak_is_where_the_stream_waits_for_its_branch(file, batch):
+    found = footprint(file, batch)
+    axes = 2 * 8  # of the mean, two int64
+    assert found.weights == 4 * sum(p.numel() for p in Branches().parameters()) + axes
+    # relu(wide) is written over wide; then back is made while the stream is still needed.
+    assert found.activations == batch * 4 * SIDE * SIDE * (8 + 16 + 8)
+
+
+def test_a_view_takes_nothing_and_what_is_read_again_is_not_written_over(tmp_path):
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node("Relu", ["flat"], ["positive"]),  # x's buffer may go
+        helper.make_node("Sigmoid", ["positive"], ["gate"]),  # positive is read below
+        helper.make_node("Mul", ["positive", "gate"], ["y"]),
+    ]
+    path = saved(nodes, ([("x", (2, 3, 4))], [("y", (2, 12))]), tmp_path / "views.onnx")
+    assert footprint(path, 2) == Footprint(0, 2 * 24 * 4)
+
+
+def test_an_input_that_is_read_last_of_all_stays(tmp_path):
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("MatMul", ["a", "w"], ["b"]),
+        helper.make_node("Add", ["b", "x"], ["y"]),
+    ]
+    weight = np.zeros((6, 6), np.float32)
+    path = saved(nodes, ([("x", ("n", 6))], [("y", ("n", 6))]), tmp_path / "late.onnx", [("w", weight)])
+    assert footprint(path, 3) == Footprint(36 * 4, 3 * 3 * 6 * 4)
+
+
+def test_other_precisions_are_shares(file):
+    whole = footprint(file, 1)
+    assert whole.at("fp16") == Footprint(whole.weights // 2, whole.activations // 2)
+    assert whole.at("int8").mb == pytest.approx(whole.mb / 4, abs=1e-6)
+    assert whole.mb == (whole.weights + whole.activations) / 1e6
+
+
+def test_sizes_that_only_a_run_tells_are_refused(tmp_path):
+    nodes = [helper.make_node("NonZero", ["x"], ["places"])]
+    path = saved(nodes, ([("x", ("n", 6))], [("places", None)]), tmp_path / "open.onnx")
+    with pytest.raises(ExportError, match=r"the size of 'places' in open.onnx is not known before it runs"):
+        footprint(path, 1)
+
+
+def test_a_file_that_is_none_is_refused(tmp_path):
+    path = tmp_path / "none.onnx"
+    path.write_bytes(b"no file of ONNX")
+    with pytest.raises(ExportError, match=r"cannot tell the sizes in none.onnx.*export the network again") as caught:
+        footprint(path, 1)
+    assert "\n" not in str(caught.value)

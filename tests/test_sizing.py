@@ -1,0 +1,78 @@
+"""Plans under a budget whose engines fit a memory."""
+
+import numpy as np
+import pytest
+import torch
+
+from chipdeploy.chipnet.costs import CostModel
+from chipdeploy.chipnet.project import Projector
+from chipdeploy.config import PruneConfig
+from chipdeploy.errors import BudgetError
+from chipdeploy.graph.plan import group_widths
+from chipdeploy.graph.trace import trace
+from chipdeploy.sizing import Sizing
+from chipdeploy.training.models import build_model
+
+KEEP = 0.5
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    model = build_model("resnet20", num_classes=10, in_channels=3, image_size=32).eval()
+    return model, trace(model, torch.randn(2, 3, 32, 32))
+
+
+@pytest.fixture(scope="module")
+def projector(net):
+    return Projector(net[1], CostModel.of(net[1], "macs"), 8)
+
+
+@pytest.fixture(scope="module")
+def scores(net):
+    return np.random.default_rng(0).lognormal(0, 1, net[1].channels)
+
+
+def test_a_plan_that_fits_is_left_alone(net, projector, scores):
+    with Sizing(net[0], projector, 2.0) as sizing:
+        assert (sizing.project(scores, KEEP) == projector.project(scores, KEEP)).all()
+        assert sizing.dense.weights > 4 * 260_000
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5])
+def test_a_plan_that_is_too_large_gives_way_to_one_that_fits_and_uses_what_there_is(net, projector, scores, share):
+    model, graph = net
+    plain = projector.project(scores, KEEP)
+    with Sizing(model, projector, 1e3) as sizing:
+        limit = sizing.footprint(plain).mb * share
+    with Sizing(model, projector, limit) as sizing:
+        mask = sizing.project(scores, KEEP)
+        assert 0.85 * limit < sizing.footprint(mask).mb <= limit
+        cost = projector.cost.count(group_widths(graph, mask)) / projector.cost.dense
+        assert 0.5 * share * KEEP < cost <= KEEP
+        # The size alone would be met by less of everything; what is wanted keeps more of what the budget pays for.
+        tighter = next(
+            mask
+            for keep in np.arange(KEEP, 0.02, -0.02)
+            if sizing.footprint(mask := projector.project(scores, float(keep))).mb <= limit
+        )
+        assert scores[mask].sum() >= scores[tighter].sum()
+
+
+def test_half_precision_halves_it(net, projector):
+    with Sizing(net[0], projector, 1.0) as whole, Sizing(net[0], projector, 1.0, precision="fp16") as half:
+        assert half.dense.mb == pytest.approx(whole.dense.mb / 2)
+
+
+def test_what_no_network_fits_is_refused_with_the_least(net, projector):
+    match = r"0.001 MB is out of reach: even at the smallest widths .* at batch 8"
+    with Sizing(net[0], projector, 1e-3, batch=8) as sizing, pytest.raises(BudgetError, match=match):
+        sizing.check()
+
+
+def test_only_a_configuration_that_asks_for_it_gets_one(net, projector):
+    assert Sizing.of(PruneConfig(keep=0.5), net[0], projector) is None
+    sizing = Sizing.of(PruneConfig(keep=0.5, max_size_mb=0.5, on="trt-fp16", bench_batch=4), net[0], projector)
+    with sizing:
+        assert (sizing.batch, sizing.precision, sizing.limit_mb) == (4, "fp16", 0.5)
+        assert sizing.text().startswith("0.5 MB of weights and activations (dense: ")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The tables of docs/latency.md, from the JSON of the latency and memory benchmarks: latency_table.py [--results DIR]."""
+"""The tables of docs/latency.md, from the JSON of the latency and memory benchmarks: latency_table.py [--results D]."""
 
 from __future__ import annotations
 

@@ -66,8 +66,8 @@ def main() -> None:
         job = prepare(base)
         dense = Path(base.weights) if base.weights else train_dense(job, options.out.parent / "dense", Silent())
         if not options.out.is_file():
-            accuracy = evaluate(_dense(job, dense), job.data.test, job.device)
-            write_json(options.out, _header(options) | {"dense_test": accuracy})
+            accuracy = evaluate(dense_network(job, dense), job.data.test, job.device)
+            write_json(options.out, header(options) | {"dense_test": accuracy})
         for keep in map(float, options.keeps.split(",")):
             for seed in map(int, options.seeds.split(",")):
                 for method in options.methods.split(","):
@@ -76,11 +76,11 @@ def main() -> None:
                         continue
                     config = base.model_copy(update={"keep": keep, "seed": seed})
                     row = cell | _run(method, Job(config, job.data, job.recipe, job.device), dense, options, Path(work))
-                    _append(options.out, row)
+                    append(options.out, row)
                     print({key: row[key] for key in (*cell, "test", "macs", "params", "seconds")}, flush=True)
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
+def append(path: Path, row: dict[str, Any]) -> None:
     """Add a cell; other processes may work on other cells of the same file."""
     with path.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -110,15 +110,15 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _header(options: argparse.Namespace) -> dict[str, Any]:
+def header(options: argparse.Namespace) -> dict[str, Any]:
     kept = ("model", "total", "soft", "dense_epochs", "scratch_epochs")
     data = Path(options.data.partition(":")[2] or options.data).name
-    settings = {key: getattr(options, key) for key in kept} | {"data": data, "given_weights": bool(options.weights)}
+    settings = {key: getattr(options, key) for key in kept if hasattr(options, key)} | {"data": data, "given_weights": bool(options.weights)}
     settings["batch"] = recipe("default").batch
     return {"schema": 1, "settings": settings, "environment": environment(), "cells": []}
 
 
-def _dense(job: Job, path: Path) -> nn.Module:
+def dense_network(job: Job, path: Path) -> nn.Module:
     model = job.model()
     load_weights(model, path)
     return model
@@ -126,7 +126,7 @@ def _dense(job: Job, path: Path) -> nn.Module:
 
 def _run(method: str, job: Job, dense: Path, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     started = time.monotonic()
-    model = _dense(job, dense)
+    model = dense_network(job, dense)
     graph = trace(model, job.example)
     if method.startswith("chipnet"):
         small, facts = _chipnet(job, dense, align=1 if method.endswith("free") else 16, work=work)
@@ -226,7 +226,19 @@ def one_shot_uniform(job: Job, model: nn.Module, graph: ChannelGraph, keep: floa
 
 
 def torch_pruning(job: Job, model: nn.Module, graph: ChannelGraph, keep: float) -> nn.Module:
-    """Torch-Pruning's global group-L2: the smallest ratio that meets the budget.
+    """Torch-Pruning's global group-L2: the smallest ratio that meets the budget."""
+    dense, low, high = CostModel.of(graph, "macs").dense, 0.0, 1.0
+    for _ in range(10):
+        middle = (low + high) / 2
+        fits = macs(torch_pruning_cut(job, model, graph, middle), job) <= keep * dense
+        low, high = (low, middle) if fits else (middle, high)
+    return torch_pruning_cut(job, model, graph, high)
+
+
+def torch_pruning_cut(
+    job: Job, model: nn.Module, graph: ChannelGraph, ratio: float, round_to: int | None = None
+) -> nn.Module:
+    """A copy of the model cut by one of Torch-Pruning's ratios.
 
     It does not know option-A shortcuts (their pads are constants to it): there the streams are given to it as ignored.
     """
@@ -234,31 +246,23 @@ def torch_pruning(job: Job, model: nn.Module, graph: ChannelGraph, keep: float) 
 
     import torch_pruning as tp
 
-    dense = CostModel.of(graph, "macs").dense
     streams = {name for group in graph.groups if group.branch is None for name in group.producers}
     pads = any(hasattr(module, "before") for module in model.modules())
-
-    def cut(ratio: float) -> nn.Module:
-        small = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-        modules = dict(small.named_modules())
-        classifier = [m for m in small.modules() if isinstance(m, nn.Linear) and m.out_features == job.data.num_classes]
-        ignored = classifier + ([modules[name] for name in sorted(streams)] if pads else [])
-        tp.pruner.BasePruner(
-            small,
-            job.example,
-            importance=tp.importance.GroupMagnitudeImportance(p=2),
-            global_pruning=True,
-            pruning_ratio=ratio,
-            max_pruning_ratio=1.0 if pads else 0.95,
-            ignored_layers=ignored,
-        ).step()
-        return small
-
-    low, high = 0.0, 1.0
-    for _ in range(10):
-        middle = (low + high) / 2
-        low, high = (low, middle) if macs(cut(middle), job) <= keep * dense else (middle, high)
-    return cut(high)
+    small = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    modules = dict(small.named_modules())
+    classifier = [m for m in small.modules() if isinstance(m, nn.Linear) and m.out_features == job.data.num_classes]
+    ignored = classifier + ([modules[name] for name in sorted(streams)] if pads else [])
+    tp.pruner.BasePruner(
+        small,
+        job.example,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        global_pruning=True,
+        pruning_ratio=ratio,
+        max_pruning_ratio=1.0 if pads else 0.95,
+        ignored_layers=ignored,
+        round_to=round_to,
+    ).step()
+    return small
 
 
 def narrower_from_scratch(job: Job, model: nn.Module, graph: ChannelGraph, keep: float) -> nn.Module:

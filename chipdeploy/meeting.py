@@ -105,8 +105,7 @@ def arrange(
     goal = wanted_goal(config)
     if goal is None and config.align != "auto":
         return None
-    shape = tuple(graph.input_shape[1:])
-    setting = Setting(Target.parse(config.on), config.bench_batch, shape, config.threads)
+    setting = setting_of(config, graph)
     here = environment_of(setting.target)
     profile = _found(config, graph, setting, here, folder, run)
     if profile is None:
@@ -124,6 +123,11 @@ def arrange(
         projector = Projector(graph, cost, align, min_width=config.min_width, blocks=config.blocks)
         check_reach(projector, cost, meeting.share, profile.dense_ms)
     return meeting
+
+
+def setting_of(config: PruneConfig, graph: ChannelGraph) -> Setting:
+    """Where a configuration wants its network to run."""
+    return Setting(Target.parse(config.on), config.bench_batch, tuple(graph.input_shape[1:]), config.threads)
 
 
 def step(config: PruneConfig, meeting: Meeting | None = None, graph: ChannelGraph | None = None) -> int:

@@ -8,8 +8,10 @@ how much and how noisy the times are is chosen by the likelihood of what was mea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -98,6 +100,17 @@ class Kriged:
     errors: Floats
 
 
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    """A likeness with the amplitude and the noise that suit it best."""
+
+    likelihood: float
+    likeness: Likeness
+    amplitude: float
+    spectrum: Floats
+    vectors: Floats
+
+
 def krige(
     shapes: LayerShapes, laws: tuple[Law, ...], constant: float, widths: Ints, ratios: Floats, step: int
 ) -> Kriged:
@@ -111,25 +124,32 @@ def krige(
     cells = _cells(shapes, laws, widths)
     said = constant + sum((one.counts @ law.at(one.into, one.out) for one, law in zip(cells, laws, strict=True)))
     errors = (ratios - said) / ratios
-    best: tuple[float, Likeness, float, Floats, Floats] | None = None
-    for reach, kinship, marks in product(REACHES, KINSHIPS, _marks(step)):
-        likeness = Likeness(reach, kinship, marks, step)
-        covariance = sum(one.alike(likeness, law.deep) for one, law in zip(cells, laws, strict=True))
-        values, vectors = np.linalg.eigh(covariance / np.outer(ratios, ratios))
-        turned = vectors.T @ errors
-        for amplitude, noise in product(AMPLITUDES, NOISES):
-            spectrum = amplitude**2 * values.clip(min=0.0) + noise**2
-            likelihood = -0.5 * float((turned**2 / spectrum).sum() + np.log(spectrum).sum())
-            if best is None or likelihood > best[0]:
-                best = likelihood, likeness, amplitude, spectrum, vectors
-    assert best is not None
-    _, likeness, amplitude, spectrum, vectors = best
+    choices: dict[str, Sequence[Any]] = {"marks": _marks(step), "kinship": KINSHIPS, "reach": REACHES}
+    best = _judged(cells, laws, Likeness(REACHES[1], KINSHIPS[1], choices["marks"][0], step), errors, ratios)
+    # One after the other: all combinations cost four times as much and gain nothing that was seen.
+    for name, values in choices.items():
+        others = [replace(best.likeness, **{name: value}) for value in values]
+        tried = [_judged(cells, laws, one, errors, ratios) for one in others if one != best.likeness]
+        best = max([best, *tried], key=lambda one: one.likelihood)
+    likeness, amplitude, spectrum, vectors = best.likeness, best.amplitude, best.spectrum, best.vectors
     inverse = (vectors / spectrum) @ vectors.T
     pull = inverse @ errors
     extras = tuple(Extra(one, amplitude**2 * one.size * (one.counts.T @ (pull / ratios)), likeness) for one in cells)
     # Each network predicted by all others, without fitting again: section 5.4.2 there.
     alone = pull / np.diag(inverse)
     return Kriged(extras, np.log((1 - alone).clip(min=0.05)))
+
+
+def _judged(cells: list[Cells], laws: tuple[Law, ...], likeness: Likeness, errors: Floats, ratios: Floats) -> _Judged:
+    """The likelihood of relative errors [N]; one decomposition serves all amplitudes and noises."""
+    covariance = sum(one.alike(likeness, law.deep) for one, law in zip(cells, laws, strict=True))
+    values, vectors = np.linalg.eigh(covariance / np.outer(ratios, ratios))
+    turned, found = vectors.T @ errors, []
+    for amplitude, noise in product(AMPLITUDES, NOISES):
+        spectrum = amplitude**2 * values.clip(min=0.0) + noise**2
+        likelihood = -0.5 * float((turned**2 / spectrum).sum() + np.log(spectrum).sum())
+        found.append(_Judged(likelihood, likeness, amplitude, spectrum, vectors))
+    return max(found, key=lambda one: one.likelihood)
 
 
 def _marks(step: int) -> list[tuple[int, ...]]:

@@ -91,7 +91,11 @@ def _passed(graph: ChannelGraph, profile: LatencyProfile) -> Variants:
 
 
 def measured_round(rig: Rig, widths: Sequence[Ints]) -> Round:
-    """One round; a noisy one is repeated, and said to be noisy if it stays so."""
+    """One round; a noisy one is repeated, and said to be noisy if it stays so.
+
+    The dense engines are opened anew: where one happens to lie in memory must not lean on a whole profile.
+    """
+    rig.renew()
     engines = [rig.engine(_top(rig.graph, row)) for row in widths]
     for _ in range(1 + REPEATS):
         dense_layers, layers = rig.layers(rig.dense), [rig.layers(engine) for engine in engines]

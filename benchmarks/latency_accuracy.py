@@ -1,0 +1,200 @@
+#!/usr/bin/env python3
+"""Accuracy at equal measured latency: chipdeploy by latency and by FLOPs against Torch-Pruning.
+
+    latency_accuracy.py --data npz:cifar10.npz --model resnet56 --weights resnet56.safetensors --out results/accuracy.json
+
+Methods: latency and flops (`--via`), tp-1, tp-8, tp-16 (Torch-Pruning's global group-L2 with `round_to`; the smallest
+ratio whose measured time is within the goal). All start from the same dense network, and train for the same number
+of epochs by the same recipe. What each network takes is measured once more at the end, in a process of its own.
+A cell that the output file holds already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from compare import append, dense_network, finetune, header, macs, torch_pruning_cut
+from latency_nets import PROFILES
+from torch import nn
+
+from chipdeploy.chipnet.costs import CostModel
+from chipdeploy.config import PruneConfig
+from chipdeploy.engines.base import open_engine
+from chipdeploy.export.onnx import export_onnx
+from chipdeploy.graph.channels import ChannelGraph
+from chipdeploy.graph.trace import trace
+from chipdeploy.latency.environment import environment
+from chipdeploy.latency.meet import BLOCKS, CONFIRM_S, FIRST_S
+from chipdeploy.latency.profiling import measure_profile
+from chipdeploy.latency.rig import Rig
+from chipdeploy.latency.store import file_name
+from chipdeploy.meeting import arrange, setting_of
+from chipdeploy.pipeline import Job, load, prepare, prune, train_dense
+from chipdeploy.run import Run, write_json
+from chipdeploy.training.loop import Silent, evaluate, renew_norms
+
+METHODS = "latency,flops,tp-1,tp-8,tp-16"
+BISECTIONS = 9
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    base = PruneConfig(
+        model=options.model,
+        data=options.data,
+        mean=options.mean,
+        std=options.std,
+        weights=options.weights,
+        on=options.on,
+        soft_epochs=options.soft,
+        finetune_epochs=options.total - options.soft,
+        train_epochs=options.dense_epochs,
+        device=options.device,
+    )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as work:
+        job = prepare(base)
+        dense = Path(base.weights) if base.weights else train_dense(job, options.out.parent / "dense", Silent())
+        if not options.out.is_file():
+            accuracy = evaluate(dense_network(job, dense), job.data.test, job.device)
+            write_json(options.out, header(options) | {"on": options.on, "dense_test": accuracy})
+        for goal in map(float, options.goals.split(",")):
+            for seed in map(int, options.seeds.split(",")):
+                for method in options.methods.split(","):
+                    cell = {"method": method, "goal": goal, "seed": seed}
+                    if any(cell.items() <= row.items() for row in json.loads(options.out.read_text())["cells"]):
+                        continue
+                    via = method if method in ("latency", "flops") else "latency"
+                    values = base.model_dump() | {"latency": goal, "seed": seed, "via": via, "align": "auto"}
+                    one = Job(PruneConfig(**values | {"kind": "latency"}), job.data, job.recipe, job.device)
+                    row = cell | _run(method, one, dense, options, Path(work))
+                    append(options.out, row)
+                    print({key: row[key] for key in (*cell, "test", "time", "macs", "seconds")}, flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--model", default="resnet56")
+    parser.add_argument("--weights")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--on", default="ort-cpu")
+    parser.add_argument("--goals", default="0.5,0.35")
+    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--total", type=int, default=15, help="epochs of soft pruning and finetune together")
+    parser.add_argument("--soft", type=int, default=3, help="of them with soft gates; one-shot only finetunes")
+    parser.add_argument("--dense-epochs", type=int, default=30, help="of the dense start, where it is trained here")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of the profile, where there is none")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    numbers = lambda text: tuple(map(float, text.split(",")))  # noqa: E731
+    parser.add_argument("--mean", type=numbers)
+    parser.add_argument("--std", type=numbers)
+    parser.add_argument("--profiles", type=Path, default=PROFILES)
+    return parser.parse_args()
+
+
+def _run(method: str, job: Job, dense: Path, options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    started = time.monotonic()
+    model = dense_network(job, dense)
+    graph = trace(model, job.example)
+    if method.startswith("tp-"):
+        small, facts = _torch_pruning(job, model, graph, int(method[3:]), work)
+        renew_norms(small, job.data.train, batch=job.batch, device=job.device)
+        finetune(job, small, options.total)
+    else:
+        small, facts = _chipnet(job, dense, graph, options, work)
+    facts |= {"test": evaluate(small, job.data.test, job.device), "macs": macs(small, job) / macs(model, job)}
+    facts |= _fresh(job, model, small, work)
+    return facts | {"seconds": round(time.monotonic() - started), "machine": environment()["machine"]}
+
+
+def _chipnet(
+    job: Job, dense: Path, graph: ChannelGraph, options: argparse.Namespace, work: Path
+) -> tuple[nn.Module, dict[str, Any]]:
+    assert isinstance(job.config, PruneConfig)
+    setting = setting_of(job.config, graph)
+    path = options.profiles / file_name(job.config.model, graph, setting, str(environment()["machine"]))
+    measure_profile(job.model(), graph, setting, name=job.config.model, minutes=options.minutes, path=path)
+    config = job.config.model_copy(update={"profile": str(path)})
+    meeting = arrange(config, job.model(), graph, folder=options.profiles)
+    run = Run.create(work, "prune", config.model_dump())
+    result = prune(config, replace(job, config=config), run, dense, Silent(), meeting)
+    facts = {key: result["latency"][key] for key in ("ratio", "met", "near", "tries")}
+    return load(run.path), facts | {"layers": result["layers"]}
+
+
+def _torch_pruning(
+    job: Job, model: nn.Module, graph: ChannelGraph, round_to: int, work: Path
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The smallest of its ratios whose measured time is within the goal; found by bisection on the device."""
+    config = job.config
+    assert isinstance(config, PruneConfig)
+    goal, low, high, best = config.latency, 0.0, 1.0, None
+    assert goal
+    cost, tries = CostModel.of(graph, "macs"), []
+    with Rig(model, graph, setting_of(config, graph)) as rig:
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            small = torch_pruning_cut(job, model, graph, middle, round_to)
+            engine = open_engine(config.on, _exported(job, small, work / "tried.onnx"), threads=config.threads)
+            ratio = rig.time([engine], seconds=FIRST_S, blocks=BLOCKS)[0].ratio
+            tries.append({"ratio": middle, "time": ratio, "macs": macs(small, job) / cost.dense})
+            if ratio <= goal:
+                high, best = middle, small
+            else:
+                low = middle
+    if best is None:
+        best = torch_pruning_cut(job, model, graph, 1.0, round_to)
+    return best, {"tries": tries}
+
+
+def _exported(job: Job, network: nn.Module, path: Path) -> Path:
+    export_onnx(network.cpu().eval().to(memory_format=torch.contiguous_format), job.example.cpu(), path)
+    return path
+
+
+def _fresh(job: Job, model: nn.Module, small: nn.Module, work: Path) -> dict[str, Any]:
+    """Both networks timed in a process that knows nothing else."""
+    config = job.config
+    assert isinstance(config, PruneConfig)
+    paths = [_exported(job, network, work / f"{name}.onnx") for name, network in (("dense", model), ("small", small))]
+    shape = ",".join(map(str, (config.bench_batch, *job.data.shape)))
+    arguments = [*map(str, paths), config.on, str(config.threads), shape, str(CONFIRM_S)]
+    code = "import latency_accuracy as own, sys; own.timed(*sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def timed(dense: str, small: str, on: str, threads: str, shape: str, seconds: str) -> None:
+    """Print the ratio of two files' times, as JSON."""
+    from functools import partial
+
+    from chipdeploy.latency.measure import compare
+
+    sizes = tuple(map(int, shape.split(",")))
+    images = np.random.default_rng(0).standard_normal(sizes, dtype=np.float32)
+    engines = [open_engine(on, Path(path), threads=int(threads)) for path in (dense, small, dense)]
+    one, other, control = (partial(engine.run, images) for engine in engines)
+    found = compare(one, other, control=control, batch=sizes[0], min_blocks=BLOCKS, seconds=float(seconds))
+    facts = {"time": found.ratio, "interval": list(found.ratio_interval), "control": found.control_ratio}
+    print(json.dumps(facts | {"block_ratios": [round(float(value), 4) for value in found.ratios]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -113,7 +113,8 @@ def _options() -> argparse.Namespace:
 def header(options: argparse.Namespace) -> dict[str, Any]:
     kept = ("model", "total", "soft", "dense_epochs", "scratch_epochs")
     data = Path(options.data.partition(":")[2] or options.data).name
-    settings = {key: getattr(options, key) for key in kept if hasattr(options, key)} | {"data": data, "given_weights": bool(options.weights)}
+    settings = {key: getattr(options, key) for key in kept if hasattr(options, key)}
+    settings |= {"data": data, "given_weights": bool(options.weights)}
     settings["batch"] = recipe("default").batch
     return {"schema": 1, "settings": settings, "environment": environment(), "cells": []}
 

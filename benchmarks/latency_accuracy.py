@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Accuracy at equal measured latency: chipdeploy by latency and by FLOPs against Torch-Pruning.
 
-    latency_accuracy.py --data npz:cifar10.npz --model resnet56 --weights resnet56.safetensors --out results/accuracy.json
+    latency_accuracy.py --data npz:cifar10.npz --model resnet56 --weights net.safetensors --out results/accuracy.json
 
 Methods: latency and flops (`--via`), tp-1, tp-8, tp-16 (Torch-Pruning's global group-L2 with `round_to`; the smallest
 ratio whose measured time is within the goal). All start from the same dense network, and train for the same number

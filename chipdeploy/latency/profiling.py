@@ -19,7 +19,7 @@ from chipdeploy.latency.rig import Rig, Setting
 from chipdeploy.latency.variants import Variants, probes
 
 A_ROUND = 8  # variants in the same blocks
-BLOCKS, ROUND_S = 16, 4.0  # of a round, at least and about
+BLOCKS, ROUND_S = 16, 2.0  # of a round, at least and about
 REPEATS = 2  # of a noisy round
 OnRound = Callable[[LatencyProfile, float], None]  # the profile so far, and the share of the time that is spent
 

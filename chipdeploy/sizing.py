@@ -42,6 +42,7 @@ class Sizing:
     ) -> None:
         self._projector, self._graph, self.limit_mb = projector, projector.graph, limit_mb
         self.batch, self.precision = batch, precision
+        self._known: dict[bytes, Footprint] = {}
         # The file is planned, not run, so ONNX Runtime on the CPU stands in for every target.
         setting = Setting(Target.parse("ort-cpu"), batch, tuple(self._graph.input_shape[1:]))
         self._rig = Rig(model, self._graph, setting)
@@ -76,7 +77,10 @@ class Sizing:
 
     def footprint(self, mask: Mask) -> Footprint:
         """Of the network cut by a mask [channels], in the precision of the target."""
-        return self._rig.footprint(mask).at(self.precision)
+        key = mask.tobytes()
+        if key not in self._known:
+            self._known[key] = self._rig.footprint(mask).at(self.precision)
+        return self._known[key]
 
     def text(self) -> str:
         """`1.5 MB of weights and activations (dense: 2.7), batch 1`."""

@@ -14,7 +14,16 @@ from chipdeploy.run import write_text
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "latency.md", ROOT / "benchmarks" / "results" / "latency"
 HEADERS = {
-    "predictors": ("network", "predictor", "measured networks", "within 5 %", "within 10 %", "bias", "Spearman"),
+    "predictors": (
+        "network",
+        "predictor",
+        "measured networks",
+        "within 5 %",
+        "within 10 %",
+        "bias",
+        "Spearman",
+        "free widths",
+    ),
     "memory": ("network", "batch", "weights", "activations", "ONNX Runtime's process grows by", "of the plan"),
     "targets": ("network", "goal", "found", "in a fresh process", "95 %", "over the goal", "cuts measured"),
 }
@@ -44,23 +53,19 @@ def _read(folder: Path, name: str) -> Any:
 
 
 def _predictors(store: Any) -> list[tuple[str, ...]]:
-    rows = []
-    for row in store["rows"]:
-        guesses = zip(row["guesses"], row["ratios"], row["on_stairs"], strict=True)
-        stairs = [abs(guess / ratio - 1) for guess, ratio, on in guesses if on]
-        on = f"{sum(error <= 0.05 for error in stairs) / len(stairs):.0%}"
-        rows.append(
-            (
-                row["model"],
-                row["predictor"],
-                str(row["networks"]),
-                f"{row['within_5']:.0%} ({on} on the stairs)",
-                f"{row['within_10']:.0%}",
-                f"{row['bias']:.2f}",
-                f"{row['spearman']:.3f}",
-            )
+    return [
+        (
+            row["model"],
+            row["predictor"],
+            str(row["networks"]),
+            f"{row['within_5']:.0%}",
+            f"{row['within_10']:.0%}",
+            f"{row['bias']:.2f}",
+            f"{row['spearman']:.3f}",
+            f"{row['free']['within_5']:.0%} / {row['free']['within_10']:.0%}",
         )
-    return rows
+        for row in store["rows"]
+    ]
 
 
 def _memory(store: Any) -> list[tuple[str, ...]]:

@@ -69,13 +69,13 @@ class Variants:
             taken.append(best)
         return taken
 
-    def proposed(self, count: int) -> list[Ints]:
-        """New plans such as a projection proposes, and no others: for tests of a predictor."""
+    def proposed(self, count: int, *, free: bool = False) -> list[Ints]:
+        """New plans such as a projection proposes, by the step or with free widths: for tests of a predictor."""
         taken: list[Ints] = []
         for _ in range(CANDIDATES * count):
             if len(taken) == count:
                 break
-            widths = self._proposal(self._off if self._draw.random() < FREE_SHARE else self._on)
+            widths = self._proposal(self._off if free else self._on)
             if widths.tobytes() not in self._seen:
                 self._seen.add(widths.tobytes())
                 taken.append(widths)

@@ -4,8 +4,9 @@
     latency_predict.py --out results/latency [--models resnet56] [--minutes 5] [--held 64]
 
 For every network a profile is measured (`--minutes`), then `--held` other plans such as a latency budget proposes, in a
-process of their own, and `--free` more whose widths go by no step. Profiles go to profiles/, from where they are shipped, the other raw times beside the table; what
-is there already is not measured again. `latency_table.py` puts the table into docs/latency.md.
+process of their own, and `--free` more whose widths go by no step. Profiles go to profiles/, from where they are
+shipped, the other raw times beside the table; what is there already is not measured again. `latency_table.py` puts the
+table into docs/latency.md.
 """
 
 from __future__ import annotations

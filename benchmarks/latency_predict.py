@@ -35,6 +35,7 @@ from chipdeploy.latency.variants import Variants
 from chipdeploy.run import write_json
 
 HELD_SEED = 1000  # no seed of a profile
+HELD_S = 12.0  # of a round of held-out plans: the truth must be known better than what is judged by it
 
 
 def main() -> None:
@@ -103,7 +104,7 @@ def _hold(one: Subject, options: argparse.Namespace) -> None:
     found = LatencyProfile(one.name, graph_digest(one.graph), one.setting, environment(), HELD_SEED)
     with Rig(one.model, one.graph, one.setting) as rig:
         for start in range(0, len(plans), A_ROUND):
-            found = found.grown(measured_round(rig, plans[start : start + A_ROUND]), (), found.environment, 0.0)
+            found = found.grown(measured_round(rig, plans[start : start + A_ROUND], HELD_S), (), found.environment, 0.0)
             print(f"{one.name}: {len(found.variants)} held-out plans", flush=True)
     found.save(_held_path(one, options))
 

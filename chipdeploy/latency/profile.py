@@ -55,6 +55,11 @@ class Round:
         """A variant against the dense network."""
         return Comparison(1, self.dense_s, variant.times_s, self.control_s, {})
 
+    def ratio(self, variant: Variant) -> float:
+        """Its time over the dense one's: the median over blocks, against both copies of the dense network."""
+        blocks = zip(variant.times_s, self.dense_s, self.control_s, strict=True)
+        return float(np.median([np.mean(times) / np.mean(one + other) for times, one, other in blocks]))
+
     @property
     def dense_ms(self) -> float:
         """Median milliseconds of the dense network."""
@@ -101,7 +106,7 @@ class LatencyProfile:
     @property
     def variants(self) -> list[tuple[Variant, float]]:
         """Every variant and its time over the dense one's."""
-        return [(variant, one.comparison(variant).ratio) for one in self.rounds for variant in one.variants]
+        return [(variant, one.ratio(variant)) for one in self.rounds for variant in one.variants]
 
     @property
     def noisy_rounds(self) -> int:
@@ -290,10 +295,7 @@ def widths_of(variant: Variant) -> Ints:
 
 
 def _samples(one: Round) -> list[Sample]:
-    return [
-        Sample(widths_of(variant), one.comparison(variant).ratio, _shares(variant.layers_s, one))
-        for variant in one.variants
-    ]
+    return [Sample(widths_of(variant), one.ratio(variant), _shares(variant.layers_s, one)) for variant in one.variants]
 
 
 def _shares(layers_s: Mapping[str, float], one: Round) -> dict[str, float]:

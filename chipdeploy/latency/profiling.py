@@ -90,7 +90,7 @@ def _passed(graph: ChannelGraph, profile: LatencyProfile) -> Variants:
     return variants
 
 
-def measured_round(rig: Rig, widths: Sequence[Ints]) -> Round:
+def measured_round(rig: Rig, widths: Sequence[Ints], seconds: float = ROUND_S) -> Round:
     """One round; a noisy one is repeated, and said to be noisy if it stays so.
 
     The dense engines are opened anew: where one happens to lie in memory must not lean on a whole profile.
@@ -99,7 +99,7 @@ def measured_round(rig: Rig, widths: Sequence[Ints]) -> Round:
     engines = [rig.engine(_top(rig.graph, row)) for row in widths]
     for _ in range(1 + REPEATS):
         dense_layers, layers = rig.layers(rig.dense), [rig.layers(engine) for engine in engines]
-        found = rig.time(engines, seconds=ROUND_S, blocks=BLOCKS)
+        found = rig.time(engines, seconds=seconds, blocks=BLOCKS)
         if not found[0].noisy:
             break
     rig.forget()

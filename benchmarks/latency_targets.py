@@ -3,8 +3,9 @@
 
     latency_targets.py --out results/latency [--models resnet56] [--goals 0.7,0.5,0.35,0.25]
 
-Takes the profiles of `latency_predict.py`, or measures them. The ranking of the channels is random:
-what is looked at is the time. A cell that is in the JSON already is not run again.
+The cut that is found is measured again in several fresh processes, one after the other. Takes the profiles of
+`latency_predict.py`, or measures them. The ranking of the channels is random: what is looked at is the time. A cell
+that is in the JSON already is not run again.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from chipdeploy.latency.rig import Rig
 from chipdeploy.run import write_json
 
 SCORES_SEED = 5
-FRESH_S = 6.0
+FRESH, FRESH_S = 5, 4.0  # processes, and seconds in each
 
 
 def main() -> None:
@@ -76,13 +77,15 @@ def _cell(one: Subject, goal: float, options: argparse.Namespace) -> dict[str, A
         write_json(plan, {"model": one.name, "plan": PrunePlan.from_mask(one.graph, met.mask).to_dict()})
         arguments = ["--out", str(answer), "--fresh", str(plan), "--on", options.on]
         arguments += ["--batch", str(options.batch), "--threads", str(options.threads)]
-        subprocess.run([sys.executable, __file__, *arguments], check=True)
-        fresh = json.loads(answer.read_text())
-    return facts | fresh | {"over": fresh["fresh_ratio"] / goal - 1, "within": _within(fresh["fresh_ratio"], goal)}
-
-
-def _within(ratio: float, goal: float) -> bool:
-    return abs(ratio / goal - 1) <= TOLERANCE
+        fresh = []
+        for _ in range(FRESH):
+            subprocess.run([sys.executable, __file__, *arguments], check=True)
+            fresh.append(json.loads(answer.read_text()))
+    ratios = [row["ratio"] for row in fresh]
+    ratio = float(np.median(ratios))
+    spread = max(ratios) / min(ratios) - 1
+    within = {"over": ratio / goal - 1, "within": abs(ratio / goal - 1) <= TOLERANCE}
+    return facts | {"fresh": fresh, "fresh_ratio": ratio, "fresh_spread": spread} | within
 
 
 def _meet(one: Subject, goal: float, options: argparse.Namespace) -> Met:
@@ -106,12 +109,11 @@ def _fresh(options: argparse.Namespace) -> None:
     with Rig(one.model, one.graph, one.setting) as rig:
         found = rig.time([rig.engine(mask)], seconds=FRESH_S, blocks=BLOCKS)[0]
     facts = {
-        "fresh_ratio": found.ratio,
-        "fresh_interval": list(found.ratio_interval),
-        "fresh_control": found.control_ratio,
-        "fresh_control_spread": found.control_spread,
-        "fresh_block_ratios": [round(float(value), 4) for value in found.ratios],
-        "kept_channels": int(np.count_nonzero(mask)),
+        "ratio": found.ratio,
+        "interval": list(found.ratio_interval),
+        "control": found.control_ratio,
+        "control_spread": found.control_spread,
+        "block_ratios": [round(float(value), 4) for value in found.ratios],
     }
     write_json(options.out, facts)
 

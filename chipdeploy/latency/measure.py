@@ -286,6 +286,16 @@ def compare_many(
     return [first, *(replace(first, pruned_s=times[name]) for name in names[1:])]
 
 
+def joined(parts: Sequence[Comparison]) -> Comparison:
+    """Comparisons of the same networks as one: the blocks of all, with the environment of the last."""
+    return replace(
+        parts[-1],
+        dense_s=tuple(block for part in parts for block in part.dense_s),
+        pruned_s=tuple(block for part in parts for block in part.pruned_s),
+        control_s=tuple(block for part in parts for block in part.control_s),
+    )
+
+
 def headline(comparison: Comparison) -> str:
     """The first line of any report: how much faster, or plainly that it is not."""
     ratio, low, high = ratio_texts(comparison)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from chipdeploy.graph.channels import Mask
 from chipdeploy.graph.plan import group_widths
-from chipdeploy.latency.measure import Comparison
+from chipdeploy.latency.measure import Comparison, joined
 from chipdeploy.latency.predict import LatencyCost
 from chipdeploy.latency.rig import Rig
 
@@ -17,7 +17,8 @@ TOLERANCE = 0.03  # of the target, below it
 TRIES = 10
 BISECTIONS = 12
 CLOSE = 0.003  # of the aim: no nearer plan is searched for
-FIRST_S, CONFIRM_S = 2.5, 5.0  # seconds of a measurement
+FIRST_S, CONFIRM_S = 2.5, 6.0  # seconds of a measurement
+OPENINGS = 3  # of a confirmation: where engines lie in memory moves a ratio by some per cent
 BLOCKS = 30
 
 Propose = Callable[[float], Mask]  # a budget's share ▶ the best plan under it, [channels]
@@ -133,9 +134,14 @@ def _measured(rig: Rig, cost: LatencyCost, share: float, mask: Mask, seconds: fl
 
 
 def _confirmed(rig: Rig, cost: LatencyCost, share: float, mask: Mask) -> tuple[Try, Comparison]:
-    """A longer measurement, with engines of its own for both networks."""
-    rig.renew()
-    return _measured(rig, cost, share, mask, CONFIRM_S)
+    """A longer measurement, over engines of both networks that are opened anew several times."""
+    parts = []
+    for _ in range(OPENINGS):
+        rig.renew()
+        found, comparison = _measured(rig, cost, share, mask, CONFIRM_S / OPENINGS)
+        parts.append(comparison)
+    whole = joined(parts)
+    return replace(found, ratio=whole.ratio, interval=whole.ratio_interval), whole
 
 
 def _inverse(propose: Propose, predicted: Callable[[Mask], float], aim: float, start: float) -> tuple[float, Mask]:

@@ -15,6 +15,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from latency_isolated import isolated_times
 from latency_nets import MODELS, PROFILES, Subject, profile_path, subject
 
 from chipdeploy.chipnet.costs import CostModel, Floats
+from chipdeploy.latency.blocks import Times
 from chipdeploy.latency.environment import environment
 from chipdeploy.latency.laws import Law, fitted_laws, laws_of_layers
 from chipdeploy.latency.predict import Sample, fit
@@ -106,7 +108,25 @@ def _hold(one: Subject, options: argparse.Namespace) -> None:
         for start in range(0, len(plans), A_ROUND):
             found = found.grown(measured_round(rig, plans[start : start + A_ROUND], HELD_S), (), found.environment, 0.0)
             print(f"{one.name}: {len(found.variants)} held-out plans", flush=True)
-    found.save(_held_path(one, options))
+    block_means(found).save(_held_path(one, options))
+
+
+def block_means(profile: LatencyProfile) -> LatencyProfile:
+    """The mean of every block in place of its single inferences: ratios are made of these, and the file is small."""
+
+    def means(times: Times) -> Times:
+        return tuple((round(float(np.mean(block)), 10),) for block in times)
+
+    rounds = tuple(
+        replace(
+            one,
+            dense_s=means(one.dense_s),
+            control_s=means(one.control_s),
+            variants=tuple(replace(variant, times_s=means(variant.times_s)) for variant in one.variants),
+        )
+        for one in profile.rounds
+    )
+    return replace(profile, rounds=rounds)
 
 
 def _compared(one: Subject, profile: LatencyProfile, held: LatencyProfile, count: int) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ def calibrate_model(
     out: Path | None = None,
     on_round: OnRound | None = None,
     on_point: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """The budgets that give the latency of a configuration, each with its interval, and the whole curves.
 
@@ -49,7 +50,7 @@ def calibrate_model(
     model = build_model(config.model, num_classes=classes, in_channels=channels, image_size=image_size)
     example = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
     graph = trace(model, example, exclude=config.exclude)
-    meeting = arrange(config, model, graph, folder=profiles, on_round=on_round)
+    meeting = arrange(config, model, graph, folder=profiles, on_round=on_round, tell=tell)
     assert meeting and meeting.goal
     profile, align = meeting.profile, step(config, meeting, graph)
     cost = profile.cost(graph)

@@ -77,10 +77,11 @@ class PruneConfig(TrainConfig):
             return {"kind": "latency", "align": "auto"} | values
         return values
 
-    @field_validator("align", mode="after")
+    @field_validator("align", mode="before")
     @classmethod
     def _channels(cls, value: Any) -> Any:
-        if isinstance(value, int) and value < 1:
+        whole = str(value).strip()
+        if whole != "auto" and not (whole.isdigit() and int(whole) > 0):
             raise ValueError("input should be 1 or more, or auto")
         return value
 
@@ -129,7 +130,8 @@ def build(schema: type[Config], values: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = "--" + str(first["loc"][0]).replace("_", "-")
-        raise UsageError(f"{key}: {first['msg'].lower()}, got {first['input']!r}") from error
+        words = first["msg"].removeprefix("Value error, ").lower()
+        raise UsageError(f"{key}: {words}, got {first['input']!r}") from error
 
 
 def _from_file(file: Path | None) -> dict[str, Any]:

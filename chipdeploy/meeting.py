@@ -22,7 +22,7 @@ from chipdeploy.latency.meet import Met, OnTry, meet
 from chipdeploy.latency.profile import LatencyProfile
 from chipdeploy.latency.profiling import OnRound, measure_profile
 from chipdeploy.latency.rig import Rig, Setting
-from chipdeploy.latency.store import by_name, file_name, matching
+from chipdeploy.latency.store import by_name, matching, place
 from chipdeploy.run import Run, make_folder
 
 PROFILE, MEASURED = "profile.json", "latency.json"
@@ -92,11 +92,15 @@ def arrange(
     folder: Path,
     run: Path | None = None,
     on_round: OnRound | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Meeting | None:
     """Find or measure the profile that a configuration needs; None where it needs none.
 
     A run that was begun goes on by its own profile; otherwise the one that is named, then the user's own of this
-    machine, and where there is none, one is measured and kept in `folder`.
+    machine, and where there is none, one is measured and kept in `folder`. One that was interrupted goes on.
+
+    Args:
+        tell: is told before anything is measured, in one line.
 
     Raises:
         UsageError: two goals, or one that is met already. BudgetError: one out of reach.
@@ -107,15 +111,19 @@ def arrange(
         return None
     setting = setting_of(config, graph)
     here = environment_of(setting.target)
-    profile = _found(config, graph, setting, here, folder, run)
+    profile = _named(config, folder, run)
     if profile is None:
-        make_folder(folder)
-        path = folder / file_name(config.model, graph, setting, str(here["machine"]))
-        profile = measure_profile(
-            model, graph, setting, name=config.model, minutes=config.minutes, path=path, on_round=on_round
-        )
-    profile.check_graph(graph)
+        path, profile = matching(graph, setting, here, folder) or (None, None)
+        if profile is None or not profile.finished:
+            path = path or place(config.model, graph, setting, here, folder)
+            make_folder(folder)
+            if tell:
+                tell(f"measuring {config.model} on {setting.name}: about {config.minutes:g} minutes, kept in {path}")
+            profile = measure_profile(
+                model, graph, setting, name=config.model, minutes=config.minutes, path=path, on_round=on_round
+            )
     profile.check_setting(setting)
+    profile.check_graph(graph)
     meeting = Meeting(goal, profile, config.via, profile.foreign(here))
     if goal:
         cost = profile.cost(graph)
@@ -137,14 +145,13 @@ def step(config: PruneConfig, meeting: Meeting | None = None, graph: ChannelGrap
     return meeting.profile.align(graph) if meeting and graph else DEFAULT_ALIGN
 
 
-def _found(
-    config: PruneConfig, graph: ChannelGraph, setting: Setting, here: dict[str, Any], folder: Path, run: Path | None
-) -> LatencyProfile | None:
+def _named(config: PruneConfig, folder: Path, run: Path | None) -> LatencyProfile | None:
+    """The profile of a run that was begun, or the one that the configuration names."""
     if run and (run / PROFILE).is_file():
         return LatencyProfile.load(run / PROFILE)
     if config.profile:
         return by_name(config.profile, folder)
-    return matching(graph, setting, here, folder)
+    return None
 
 
 def keep_profile(run: Run, meeting: Meeting | None) -> None:

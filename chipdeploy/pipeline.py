@@ -151,12 +151,14 @@ def check_budget(
     profiles: Path = PROFILES,
     run: Path | None = None,
     on_round: OnRound | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[str, Meeting | None]:
     """The budget in full, once it is known that the model can be pruned to it and the weights fit.
 
     Args:
         profiles: where a latency profile is looked for, and kept if one must be measured.
         run: the run's folder, if it is known: a run that was begun goes on by its own profile.
+        tell: is told before anything is measured, in one line.
 
     Raises:
         ModelError, BudgetError, WeightsError: before anything is written.
@@ -166,7 +168,8 @@ def check_budget(
         load_weights(model, Path(config.weights))
     graph = trace(model, job.example, exclude=config.exclude)
     _check_output(model, job.example, job.data.num_classes)
-    meeting = arrange(config, model, graph, folder=profiles, run=run, on_round=on_round)
+    size = _check_size(config, model, graph)
+    meeting = arrange(config, model, graph, folder=profiles, run=run, on_round=on_round, tell=tell)
     align = step(config, meeting, graph)
     cost: Cost
     if meeting and meeting.goal:
@@ -178,11 +181,23 @@ def check_budget(
         projector = Projector(graph, cost, align, min_width=config.min_width, blocks=config.blocks)
         projector.check(config.keep)
         text = f"keep at most {config.keep:.4g} of the {unit}: {config.keep * cost.dense:,.0f} of {cost.dense:,.0f}"
-    if sizing := Sizing.of(config, model, projector):
-        with sizing:
-            sizing.check()
-        text += f"; at most {sizing.text()}"
-    return text, meeting
+    return text + size, meeting
+
+
+def _check_size(config: PruneConfig, model: nn.Module, graph: ChannelGraph) -> str:
+    """The limit of the memory in words; empty where there is none. Raises BudgetError for one out of reach.
+
+    The smallest plan is the same whatever is budgeted, so this needs no profile.
+    """
+    projector = Projector(
+        graph, CostModel.of(graph, "params"), step(config), min_width=config.min_width, blocks=config.blocks
+    )
+    sizing = Sizing.of(config, model, projector)
+    if sizing is None:
+        return ""
+    with sizing:
+        sizing.check()
+    return f"; at most {sizing.text()}"
 
 
 def _check_output(model: nn.Module, example: Tensor, classes: int) -> None:
@@ -552,6 +567,7 @@ def _latency_budget(met: dict[str, Any]) -> dict[str, Any]:
         "limit": met["goal"] * met["dense_ms"],
         "achieved": met["ratio"],
         "unit": "ms",
+        "kept": met["pruned_ms"],
     }
 
 

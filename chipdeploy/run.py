@@ -53,7 +53,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"cannot make {path}: {error.strerror}; choose another folder with --runs") from error
+        raise RunError(f"cannot make {path}: {error.strerror}; choose another folder") from error
 
 
 class Run:

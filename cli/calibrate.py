@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .output import console, note, print_json, quoted
+from .output import console, flags, note, print_json, quoted
 
 
 def calibrate(
@@ -24,6 +24,10 @@ def calibrate(
     classes: options.Classes = 10,
     channels: options.Channels = 3,
     image_size: options.Size = 32,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", metavar="PATTERN", help="Layers that keep their outputs, as in 'prune'; repeatable."),
+    ] = None,
     align: Annotated[
         str, typer.Option("--align", metavar="CHANNELS", help="Widths in multiples of this; auto: the device's stairs.")
     ] = "auto",
@@ -40,9 +44,8 @@ def calibrate(
 
     goal = {"latency": options.share(latency, "--latency"), "latency_ms": latency_ms, "fps": fps}
     where = {"on": on, "bench_batch": bench_batch, "threads": threads, "profile": profile, "minutes": minutes}
-    given = {
-        key: value for key, value in (goal | where | {"align": align, "model": model}).items() if value is not None
-    }
+    what = {"align": align, "model": model, "exclude": tuple(exclude) if exclude else None}
+    given = {key: value for key, value in (goal | where | what).items() if value is not None}
     with rounds() as on_round, steps() as (_, progress):
         facts = calibrate_model(
             build(PruneConfig, given),
@@ -53,16 +56,31 @@ def calibrate(
             out=out,
             on_round=on_round,
             on_point=lambda done, size: progress("latency against budget", done, size),
+            tell=note,
         )
     if facts["foreign"]:
         note(f"note: the profile was {facts['foreign']}")
     if json:
         print_json(facts)
     else:
-        _print(facts, out)
+        # Images of another size than the embedded ones' must be named.
+        data = None if (channels, image_size) == (1, 28) else "DATA"
+        more = flags(
+            {
+                "--bench-batch": (bench_batch, 1),
+                "--threads": (threads, 1),
+                "--exclude": (tuple(exclude or ()), ()),
+                "--profile": (profile, None),
+                "--data": (data, None),
+                "--runs": (str(runs), "runs"),
+            }
+        )
+        if data:
+            more += f"   (DATA: your images, {channels}x{image_size}x{image_size})"
+        _print(facts, out, more)
 
 
-def _print(facts: dict[str, Any], out: Path | None) -> None:
+def _print(facts: dict[str, Any], out: Path | None, more: str) -> None:
     from rich.table import Table
 
     screen = console()
@@ -77,4 +95,4 @@ def _print(facts: dict[str, Any], out: Path | None) -> None:
     )
     if out:
         screen.print(f"curves: {out / 'calibration.json'}, {out / 'calibration.svg'}")
-    screen.print(f"next: chipdeploy prune {quoted(facts['model'])} {facts['flags']}")
+    screen.print(f"next: chipdeploy prune {quoted(facts['model'])} {facts['flags']}{more}")

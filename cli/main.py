@@ -103,7 +103,7 @@ def run(arguments: list[str]) -> int:
 
 def _again(arguments: list[str]) -> str:
     if arguments and arguments[0] in RESUMABLE:
-        return "give the same command with --run and the run's folder to resume"
+        return "give the same command to resume, with --run and the run's folder if that was made"
     if arguments and arguments[0] == "profile":
         return "give the same command again: it goes on after the last round"
     return "give the same command again: nothing was changed"
@@ -115,7 +115,12 @@ def _foreign(error: Exception, as_json: bool) -> int:
         traceback.print_exc()
     text = _one_line(str(error))
     if _out_of_memory(error):
-        return _fail(f"out of memory; use a smaller --batch or smaller images ({text})", "OutOfMemory", 4, as_json)
+        return _fail(
+            f"out of memory; use a smaller batch (--batch, --bench-batch) or smaller images ({text})",
+            "OutOfMemory",
+            4,
+            as_json,
+        )
     if isinstance(error, OSError):
         what = "the output cannot be written" if error.filename is None else f"cannot use {error.filename}"
         return _fail(f"{what}: {error.strerror}; choose another path", "InputError", 3, as_json)

@@ -28,6 +28,19 @@ def quoted(path: Path | str) -> str:
     return shlex.quote(str(path))
 
 
+def flags(given: dict[str, tuple[Any, Any]]) -> str:
+    """Flags for a command that people paste, those with another value than the default: ` --threads 2 --exclude 'a.*'`.
+
+    Args:
+        given: by flag its value and its default; a tuple gives the flag once for each.
+    """
+    found = []
+    for name, (value, default) in given.items():
+        if value is not None and value != default:
+            found += [f" {name} {quoted(str(one))}" for one in (value if isinstance(value, tuple) else (value,))]
+    return "".join(found)
+
+
 def print_json(facts: dict[str, Any]) -> None:
     """The one object of `--json`."""
     sys.stdout.write(json.dumps({"schema": SCHEMA, **facts}) + "\n")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .output import console, note, print_json, quoted
+from .output import console, flags, note, print_json, quoted
 
 if TYPE_CHECKING:
     from chipdeploy.latency.profile import LatencyProfile
@@ -46,11 +46,11 @@ def profile(
     if listed:
         _list(folder, json)
     elif show or check:
-        _look(show or check or "", folder, bool(check), json)
+        _look(show or check or "", runs, bool(check), json)
     else:
         _measure(
             model or "resnet20",
-            (on or "ort-cpu", bench_batch or 1, threads or 1),
+            (on or "ort-cpu", 1 if bench_batch is None else bench_batch, 1 if threads is None else threads),
             (classes, channels, image_size, tuple(exclude or ())),
             (minutes, seed, out, folder),
             json,
@@ -69,20 +69,21 @@ def _measure(
     from chipdeploy.engines.target import Target
     from chipdeploy.graph.trace import trace
     from chipdeploy.latency.gpu import environment_of
-    from chipdeploy.latency.profiling import measure_profile
+    from chipdeploy.latency.profiling import check_minutes, measure_profile
     from chipdeploy.latency.rig import Setting
-    from chipdeploy.latency.store import file_name
+    from chipdeploy.latency.store import place
     from chipdeploy.run import make_folder
     from chipdeploy.training.models import build_model
 
     from .progress import rounds
 
     (on, batch, threads), (classes, channels, size, exclude), (minutes, seed, out, folder) = where, what, how
+    check_minutes(minutes)
     setting = Setting(Target.parse(on), batch, (channels, size, size), threads)
     network = build_model(spec, num_classes=classes, in_channels=channels, image_size=size)
     example = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
     graph = trace(network, example, exclude=exclude)
-    path = out or folder / file_name(spec, graph, setting, str(environment_of(setting.target)["machine"]))
+    path = out or place(spec, graph, setting, environment_of(setting.target), folder)
     make_folder(path.parent)
     note(f"measuring {spec} on {setting.name}: about {minutes:g} minutes, kept in {path}")
     with rounds() as on_round:
@@ -94,7 +95,15 @@ def _measure(
         print_json(facts)
         return
     _print(facts)
-    console().print(f"next: chipdeploy calibrate {spec} --latency 0.5 --on {on} --profile {quoted(path)}")
+    more = flags(
+        {
+            **_setting_flags(found),
+            "--classes": (classes, 10),
+            "--exclude": (exclude, ()),
+            "--profile": (str(path), None),
+        }
+    )
+    console().print(f"next: chipdeploy calibrate {quoted(spec)} --latency 0.5{more}")
 
 
 def _facts(found: LatencyProfile) -> dict[str, Any]:
@@ -107,6 +116,7 @@ def _facts(found: LatencyProfile) -> dict[str, Any]:
         "threads": found.setting.threads,
         "input_shape": list(found.setting.input_shape),
         "machine": found.machine,
+        "finished": found.finished,
         "networks": len(ratios),
         "noisy_rounds": found.noisy_rounds,
         "control_spread": found.control_spread,
@@ -115,6 +125,18 @@ def _facts(found: LatencyProfile) -> dict[str, Any]:
         "slowest": max(ratios),
         "spent_s": found.spent_s,
         "steps": {str(step): ratio for step, ratio in zip(found.steps, ratios, strict=False)},
+    }
+
+
+def _setting_flags(found: LatencyProfile) -> dict[str, tuple[Any, Any]]:
+    """What another command must be told to ask for the setting of a profile."""
+    setting = found.setting
+    return {
+        "--on": (setting.target.name, "ort-cpu"),
+        "--bench-batch": (setting.batch, 1),
+        "--threads": (setting.threads, 1),
+        "--channels": (setting.input_shape[0], 3),
+        "--image-size": (setting.input_shape[1], 32),
     }
 
 
@@ -128,6 +150,8 @@ def _print(facts: dict[str, Any]) -> None:
         f"{facts['slowest']:.2f} of the dense {facts['dense_ms']:.3g} ms; "
         f"equal blocks {facts['control_spread']:.1%} apart, {facts['noisy_rounds']} noisy rounds"
     )
+    if not facts["finished"]:
+        screen.print("  not finished: the command that began it goes on")
     stairs = ", ".join(f"{step}: {ratio:.2f}" for step, ratio in facts["steps"].items())
     screen.print(f"  a channel less in steps of: {stairs} of the dense time")
     if "align" in facts:
@@ -136,11 +160,10 @@ def _print(facts: dict[str, Any]) -> None:
 
 
 def _list(folder: Path, json: bool) -> None:
-    from chipdeploy.latency.profile import LatencyProfile
     from chipdeploy.latency.store import own, shipped
 
     rows = [
-        {"name": name, "shipped": ours} | _facts(LatencyProfile.load(path))
+        {"name": name, "shipped": ours} | _facts_of(path)
         for ours, known in ((True, shipped()), (False, own(folder)))
         for name, path in known.items()
     ]
@@ -149,17 +172,31 @@ def _list(folder: Path, json: bool) -> None:
         return
     for row in rows:
         console().print(f"{row['name']}  ({'shipped' if row['shipped'] else 'yours'})")
-        _print(row)
+        if "damaged" in row:
+            console().print(f"  {row['damaged']}")
+        else:
+            _print(row)
     if not rows:
         console().print(f"no profiles: none is shipped, none in {folder}")
     console().print("next: chipdeploy profile MODEL --on ort-cpu, to measure one of your own")
 
 
-def _look(name: str, folder: Path, check: bool, json: bool) -> None:
-    from chipdeploy.latency.gpu import environment_of
-    from chipdeploy.latency.store import by_name
+def _facts_of(path: Path) -> dict[str, Any]:
+    """What the profile in a file holds, or what is wrong with it."""
+    from chipdeploy.errors import RunError
+    from chipdeploy.latency.profile import LatencyProfile
 
-    found = by_name(name, folder)
+    try:
+        return _facts(LatencyProfile.load(path))
+    except RunError as error:
+        return {"damaged": str(error)}
+
+
+def _look(name: str, runs: Path, check: bool, json: bool) -> None:
+    from chipdeploy.latency.gpu import environment_of
+    from chipdeploy.latency.store import FOLDER, by_name
+
+    found = by_name(name, runs / FOLDER)
     facts = _facts(found) | {"foreign": found.foreign(environment_of(found.setting.target))}
     if json:
         print_json(facts)
@@ -168,4 +205,5 @@ def _look(name: str, folder: Path, check: bool, json: bool) -> None:
     if check:
         fits = f"not of this machine: {facts['foreign']}" if facts["foreign"] else "fits this machine"
         console().print(f"whole, digest right; {fits}")
-    console().print(f"next: chipdeploy calibrate {found.model} --latency 0.5 --profile {quoted(name)}")
+    more = flags({**_setting_flags(found), "--profile": (name, None), "--runs": (str(runs), "runs")})
+    console().print(f"next: chipdeploy calibrate {quoted(found.model)} --latency 0.5{more}")

@@ -160,7 +160,7 @@ def prune_run(flags: dict[str, Any], config: Path | None, run: Path | None, runs
 
     job = prepare(checked)
     with rounds() as on_round:
-        text, meeting = check_budget(checked, job, profiles=runs / FOLDER, run=run, on_round=on_round)
+        text, meeting = check_budget(checked, job, profiles=runs / FOLDER, run=run, on_round=on_round, tell=note)
     note(text)
     if meeting and meeting.foreign:
         note(f"note: the profile was {meeting.foreign}; what is predicted is corrected by what is measured here")
@@ -189,7 +189,7 @@ def check_met(result: dict[str, Any]) -> None:
             "try a finer --align, or a smaller network"
         )
     if not facts["near"]:
-        note(f"note: {wanted} was asked for, {got} was measured; no plan lies nearer in steps of {result['align']}")
+        note(f"note: {wanted} was asked for, {got} was measured; no nearer plan held when it was measured again")
 
 
 def print_result(result: dict[str, Any], folder: Path) -> None:

@@ -8,7 +8,10 @@ from chipdeploy.chipnet.costs import CostModel
 from chipdeploy.chipnet.project import Projector
 from chipdeploy.config import PruneConfig
 from chipdeploy.errors import BudgetError
-from chipdeploy.graph.plan import group_widths
+from chipdeploy.export.memory import footprint
+from chipdeploy.export.onnx import export_onnx
+from chipdeploy.graph.plan import PrunePlan, group_widths
+from chipdeploy.graph.surgery import hard_prune
 from chipdeploy.graph.trace import trace
 from chipdeploy.sizing import Sizing
 from chipdeploy.training.models import build_model
@@ -57,6 +60,16 @@ def test_a_plan_that_is_too_large_gives_way_to_one_that_fits_and_uses_what_there
             if sizing.footprint(mask := projector.project(scores, float(keep))).mb <= limit
         )
         assert scores[mask].sum() >= scores[tighter].sum()
+
+
+def test_the_size_is_that_of_the_file_that_is_deployed(net, projector, scores, tmp_path):
+    """Cuts are planned on a file that was cut; what is deployed is an export of the cut network."""
+    model, graph = net
+    mask = projector.project(scores, 0.3)
+    small = hard_prune(model, graph, PrunePlan.from_mask(graph, mask)).eval()
+    export_onnx(small, torch.randn(2, 3, 32, 32), tmp_path / "small.onnx")
+    with Sizing(model, projector, 1.0, batch=4) as sizing:
+        assert footprint(tmp_path / "small.onnx", 4) == sizing.footprint(mask)
 
 
 def test_half_precision_halves_it(net, projector):

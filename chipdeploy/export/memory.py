@@ -30,6 +30,10 @@ IN_PLACE = {
 }
 
 
+SHAPE_TYPES = {"int64", "int32", "bool"}
+FROM_VALUES = {"Compress", "NonMaxSuppression", "NonZero", "Unique"}  # what they give is as large as the data say
+SMALL = (2, 3)  # batches whose values all fit into the memory
+
 # Of a value, in the precisions of the targets.
 VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 
@@ -72,23 +76,69 @@ def footprint(path: Path, batch: int) -> Footprint:
     from onnx import numpy_helper
 
     try:
-        proto = onnx.shape_inference.infer_shapes(_with_batch(onnx.load(path), batch), data_prop=True)
-    except Exception as error:  # protobuf and onnx raise what they like
-        raise ExportError(f"cannot tell the sizes in {path.name}: {error}; export the network again") from error
-    graph = proto.graph
-    weights = {item.name: int(numpy_helper.to_array(item).nbytes) for item in graph.initializer}
-    sizes = {value.name: _bytes(value) for value in (*graph.input, *graph.value_info, *graph.output)}
-    return Footprint(sum(weights.values()), _peak(graph, sizes, set(weights), path))
+        proto = onnx.load(path)
+        if open_ops := FROM_VALUES & {node.op_type for node in proto.graph.node}:
+            raise ValueError(f"what {min(open_ops)} gives is as large as the images say")
+        known = onnx.shape_inference.infer_shapes(_with_batch(proto, batch), data_prop=True).graph
+        sizes = {value.name: _bytes(value) for value in (*known.input, *known.value_info, *known.output)}
+        if any(sizes.get(name) is None for node in proto.graph.node for name in node.output if name):
+            sizes |= _measured_sizes(proto, batch)
+    except Exception as error:  # protobuf, onnx and ONNX Runtime raise what they like
+        raise ExportError(
+            f"cannot tell the sizes in {path.name}: {_line(error)}; export it again, or drop the limit"
+        ) from error
+    constants = {item.name: numpy_helper.to_array(item) for item in proto.graph.initializer}
+    # Shapes and axes are no weights: what is left of them depends on how the network was exported.
+    weights = sum(int(values.nbytes) for values in constants.values() if values.dtype.name not in SHAPE_TYPES)
+    return Footprint(weights, _peak(proto.graph, sizes, set(constants), path))
 
 
 def _with_batch(proto: Any, batch: int) -> Any:
-    """The network for one batch size; shapes that were written for others go."""
-    del proto.graph.value_info[:]
-    for value in (*proto.graph.input, *proto.graph.output):
+    """A copy of the network for one batch size; shapes that were written for others go."""
+    import onnx
+
+    copied = onnx.ModelProto()
+    copied.CopyFrom(proto)
+    del copied.graph.value_info[:]
+    for value in (*copied.graph.input, *copied.graph.output):
         for place, dim in enumerate(value.type.tensor_type.shape.dim):
             if not dim.HasField("dim_value") and place == 0:
                 dim.dim_value = batch
-    return proto
+    return copied
+
+
+def _measured_sizes(proto: Any, batch: int) -> dict[str, int | None]:
+    """Sizes of all values, by running the network on two small batches: they are linear in the batch."""
+    import numpy as np
+    import onnx
+    import onnxruntime as ort
+
+    told = onnx.ModelProto()
+    told.CopyFrom(proto)
+    del told.graph.output[:]
+    names = [name for node in told.graph.node for name in node.output if name]
+    told.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    found = []
+    for images in SMALL:
+        ready = _with_batch(told, images)
+        session = ort.InferenceSession(ready.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        feeds = {
+            one.name: np.zeros([dim if isinstance(dim, int) else images for dim in one.shape], _numpy_type(one.type))
+            for one in session.get_inputs()
+        }
+        found.append([int(value.nbytes) for value in session.run(names, feeds)])
+    few, more = SMALL
+    return {
+        name: one + (two - one) * (batch - few) // (more - few) for name, one, two in zip(names, *found, strict=True)
+    }
+
+
+def _numpy_type(text: str) -> str:
+    """`tensor(float)` ▶ `float32`."""
+    return {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}.get(text, "int64")
 
 
 def _bytes(value: Any) -> int | None:
@@ -152,6 +202,10 @@ def _reused(
         if node.op_type in IN_PLACE and until[held] <= number and buffers[held] == size:
             return held
     return None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _known(sizes: dict[str, int | None], name: str, path: Path) -> int:

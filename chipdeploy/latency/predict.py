@@ -227,7 +227,10 @@ def fit(graph: ChannelGraph, samples: Sequence[Sample], step: int) -> LatencyCos
         RunError: fewer than `LEAST` samples.
     """
     if len(samples) < LEAST:
-        raise RunError(f"{len(samples)} measured networks are too few to predict from; {LEAST} or more are needed")
+        raise RunError(
+            f"{len(samples)} measured networks are too few to predict from, {LEAST} or more are needed; "
+            "measure on with 'chipdeploy profile'"
+        )
     shapes = LayerShapes.of(graph)
     widths, ratios = np.stack([sample.widths for sample in samples]), np.array([sample.ratio for sample in samples])
     laws, constant = fitted_laws(shapes, [sample.layers for sample in samples], widths, ratios, step)

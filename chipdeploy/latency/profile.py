@@ -58,7 +58,7 @@ class Round:
     def ratio(self, variant: Variant) -> float:
         """Its time over the dense one's: the median over blocks, against both copies of the dense network."""
         blocks = zip(variant.times_s, self.dense_s, self.control_s, strict=True)
-        return float(np.median([np.mean(times) / np.mean(one + other) for times, one, other in blocks]))
+        return float(np.median([2 * np.mean(a) / (np.mean(b) + np.mean(c)) for a, b, c in blocks]))
 
     @property
     def dense_ms(self) -> float:
@@ -77,6 +77,7 @@ class LatencyProfile:
         environment: the machine, as `environment` and the engine say.
         spent_s: seconds that measuring took, export and building included.
         steps: channels that the first variants lack, see `probes`.
+        finished: all the time that was asked for was spent; an interrupted measuring goes on.
     """
 
     model: str
@@ -87,6 +88,7 @@ class LatencyProfile:
     spent_s: float = 0.0
     steps: tuple[int, ...] = ()
     rounds: tuple[Round, ...] = ()
+    finished: bool = True
 
     @property
     def machine(self) -> str:
@@ -190,6 +192,7 @@ class LatencyProfile:
             "environment": dict(self.environment),
             "seed": self.seed,
             "spent_s": round(self.spent_s, 1),
+            "finished": self.finished,
             "steps": list(self.steps),
             "rounds": [
                 {
@@ -221,9 +224,11 @@ class LatencyProfile:
         if not isinstance(raw, dict) or "schema" not in raw:
             raise RunError(f"{what} is no latency profile; make one with 'chipdeploy profile'")
         if raw["schema"] != SCHEMA:
-            raise RunError(f"{what} has schema {raw['schema']}; this version reads schema {SCHEMA}: measure it again")
+            raise RunError(
+                f"{what} has schema {raw['schema']}; this version reads schema {SCHEMA}: delete it and measure again"
+            )
         if raw.get("digest") != _digest({key: value for key, value in raw.items() if key != "digest"}):
-            raise RunError(f"{what} was edited after it was measured (digest differs); measure it again")
+            raise RunError(f"{what} was edited after it was measured (digest differs); delete it and measure again")
         try:
             setting = raw["setting"]
             found = cls(
@@ -240,6 +245,7 @@ class LatencyProfile:
                 float(raw["spent_s"]),
                 tuple(map(int, raw["steps"])),
                 tuple(_round(one) for one in raw["rounds"]),
+                bool(raw.get("finished", True)),
             )
             if not found.rounds:
                 raise ValueError("no rounds")
@@ -247,7 +253,9 @@ class LatencyProfile:
                 for variant in one.variants:
                     one.comparison(variant)  # refuses times that are none
         except (KeyError, TypeError, ValueError, AttributeError, ChipdeployError) as error:
-            raise RunError(f"{what} is damaged ({type(error).__name__}: {error}); measure it again") from error
+            raise RunError(
+                f"{what} is damaged ({type(error).__name__}: {error}); delete it and measure again"
+            ) from error
         return found
 
     def save(self, path: Path) -> None:
@@ -263,7 +271,9 @@ class LatencyProfile:
         except FileNotFoundError as error:
             raise RunError(f"there is no profile {path}; see 'chipdeploy profile --list', or measure one") from error
         except (OSError, ValueError, RecursionError) as error:
-            raise RunError(f"{path} is no latency profile or was cut short ({error}); measure it again") from error
+            raise RunError(
+                f"{path} is no latency profile or was cut short ({error}); delete it and measure again"
+            ) from error
         return cls.from_dict(raw, str(path))
 
     def grown(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +49,10 @@ def measure_profile(
         RunError: `path` holds a profile of something else.
         ExportError, MissingError: the network or the target cannot be had.
     """
-    if not 0 < minutes < 24 * 60:
-        raise UsageError(f"the minutes of measuring must be positive and less than a day, got {minutes:g}; try 5")
+    check_minutes(minutes)
     profile = _begun(graph, setting, name, seed, path)
     limit, began = 60 * minutes, time.monotonic()
+    profile = replace(profile, finished=False)
     with Rig(model, graph, setting) as rig:
         variants: Variants | None = None
         while not _done(profile, limit):
@@ -72,7 +73,16 @@ def measure_profile(
                 profile.save(path)
             if on_round:
                 on_round(profile, min(1.0, profile.spent_s / limit))
+    profile = replace(profile, finished=True)
+    if path:
+        profile.save(path)
     return profile
+
+
+def check_minutes(minutes: float) -> None:
+    """Raises UsageError for minutes that nobody can measure."""
+    if not 0 < minutes < 24 * 60:
+        raise UsageError(f"the minutes of measuring must be positive and less than a day, got {minutes:g}; try 5")
 
 
 def _done(profile: LatencyProfile, limit: float) -> bool:
@@ -90,7 +100,7 @@ def _passed(graph: ChannelGraph, profile: LatencyProfile) -> Variants:
     return variants
 
 
-def measured_round(rig: Rig, widths: Sequence[Ints], seconds: float = ROUND_S) -> Round:
+def measured_round(rig: Rig, widths: Sequence[Ints], seconds: float | None = None) -> Round:
     """One round; a noisy one is repeated, and said to be noisy if it stays so.
 
     The dense engines are opened anew: where one happens to lie in memory must not lean on a whole profile.
@@ -99,7 +109,7 @@ def measured_round(rig: Rig, widths: Sequence[Ints], seconds: float = ROUND_S) -
     engines = [rig.engine(_top(rig.graph, row)) for row in widths]
     for _ in range(1 + REPEATS):
         dense_layers, layers = rig.layers(rig.dense), [rig.layers(engine) for engine in engines]
-        found = rig.time(engines, seconds=seconds, blocks=BLOCKS)
+        found = rig.time(engines, seconds=seconds or ROUND_S, blocks=BLOCKS)
         if not found[0].noisy:
             break
     rig.forget()

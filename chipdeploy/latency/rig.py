@@ -47,7 +47,9 @@ class Setting:
 
     def __post_init__(self) -> None:
         if self.batch < 1:
-            raise UsageError(f"the batch must be 1 or more, got {self.batch}")
+            raise UsageError(f"the batch must be 1 or more, got {self.batch}; try 1")
+        if self.threads < 1:
+            raise UsageError(f"the threads must be 1 or more, got {self.threads}; try 1")
 
     @property
     def name(self) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import resources
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,28 @@ def by_name(name: str, folder: Path) -> LatencyProfile:
     return LatencyProfile.load(path)
 
 
-def matching(graph: ChannelGraph, setting: Setting, here: Mapping[str, Any], folder: Path) -> LatencyProfile | None:
+def matching(
+    graph: ChannelGraph, setting: Setting, here: Mapping[str, Any], folder: Path
+) -> tuple[Path, LatencyProfile] | None:
     """The user's own profile of this network in this setting on this machine; None where there is none.
 
-    Profiles of other machines, shipped ones above all, are used by name only.
+    A finished one comes first. Profiles of other machines, shipped ones above all, are used by name only.
     """
-    for profile in _readable(own(folder)):
-        if profile.graph == graph_digest(graph) and not profile.foreign(here) and _same(profile, setting):
-            return profile
-    return None
+    known = [(path, profile) for path in own(folder).values() if (profile := _fitting(path, graph, setting, here))]
+    return max(known, key=lambda one: one[1].finished, default=None)
+
+
+def place(model: str, graph: ChannelGraph, setting: Setting, here: Mapping[str, Any], folder: Path) -> Path:
+    """The file in which a profile of this network in this setting is kept: the one that was begun, or a new one.
+
+    A file of that name that is damaged, or was measured with other versions of the runtime, stays as it is.
+    """
+    name = Path(file_name(model, graph, setting, str(here["machine"])))
+    for number in count(1):
+        path = folder / (name.name if number == 1 else f"{name.stem}-{number}.json")
+        if not path.exists() or _fitting(path, graph, setting, here):
+            return path
+    raise AssertionError
 
 
 def file_name(model: str, graph: ChannelGraph, setting: Setting, machine: str) -> str:
@@ -66,9 +80,11 @@ def _same(profile: LatencyProfile, setting: Setting) -> bool:
     return True
 
 
-def _readable(paths: Mapping[str, Path]) -> Iterator[LatencyProfile]:
-    for path in paths.values():
-        try:
-            yield LatencyProfile.load(path)
-        except RunError:  # another's mistake is no reason to refuse this one's work; --check says what is wrong
-            continue
+def _fitting(path: Path, graph: ChannelGraph, setting: Setting, here: Mapping[str, Any]) -> LatencyProfile | None:
+    """The profile in a file, if it is of this network in this setting on this machine."""
+    try:
+        profile = LatencyProfile.load(path)
+    except RunError:  # another's mistake is no reason to refuse this one's work; --list says what is wrong
+        return None
+    fits = profile.graph == graph_digest(graph) and not profile.foreign(here) and _same(profile, setting)
+    return profile if fits else None

@@ -13,6 +13,7 @@ from chipdeploy.report.plots import channels_plot
 from chipdeploy.report.tables import (
     NOTHING,
     Artifact,
+    bytes_text,
     count_text,
     markdown_grid,
     markdown_table,
@@ -76,7 +77,8 @@ def budget_sentence(budget: Artifact) -> str:
     dense, achieved, keep = budget["dense"], budget["achieved"], budget["keep"]
     known = budget["kind"] in NOUNS
     noun, unit = (NOUNS[budget["kind"]], "") if known else (budget["kind"], f" {budget['unit']}")
-    kept, whole = count_text(achieved * dense), count_text(dense)
+    # A ratio of times is the median over blocks, and not the ratio of two medians.
+    kept, whole = count_text(budget.get("kept", achieved * dense)), count_text(dense)
     if kept[-2:] == whole[-2:] and whole[-2] == " ":
         kept = kept[:-2]
     amounts = f"{kept} of {whole}{unit}"
@@ -98,7 +100,7 @@ def _page(
         f"# {result['model']} on {result['data']}",
         _other_headlines(comparisons),
         markdown_table(summary_rows(result, export, bench)),
-        f"{_sentence(budget_sentence(result['budget']))}\n{_accuracy_sentence(result)}",
+        f"{_sentence(budget_sentence(result['budget']))}\n{_memory_sentence(result)}{_accuracy_sentence(result)}",
         f"![channels kept in each layer]({PICTURE})",
         _removed(result["removed_branches"]),
         _measurement(comparisons),
@@ -120,6 +122,18 @@ def _other_headlines(comparisons: Sequence[Comparison]) -> str:
     first = first_line(comparisons)
     lines = [line for comparison in comparisons if (line := headline(comparison)) != first]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _memory_sentence(result: Artifact) -> str:
+    """`Memory at batch 1: 349 kB of at most 350 kB`; empty where none was limited."""
+    if not (memory := result.get("memory")):
+        return ""
+    size, limit = sum(memory["pruned"].values()), 1e6 * memory["limit_mb"]
+    over = ", OVER the limit" if size > limit else ""
+    return (
+        f"Weights and activations at batch {memory['batch']}: {bytes_text(size)} of at most {bytes_text(limit)}{over}, "
+        "as planned by the ONNX file.\n"
+    )
 
 
 def _accuracy_sentence(result: Artifact) -> str:

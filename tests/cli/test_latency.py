@@ -1,11 +1,17 @@
 """Latency on the command line: profiles, calibrate, and a run whose goal is met by measuring."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from chipdeploy.graph.trace import trace
 from chipdeploy.latency import calibrate, meet, profiling
+from chipdeploy.latency.profile import LatencyProfile
+from chipdeploy.latency.store import matching, place
+from chipdeploy.training.models import build_model
 
 TINY = ("resnet20", "--image-size", "8")
 SHORT = ("--batch", "64", "--device", "cpu", "--train-epochs", "1", "--soft-epochs", "1", "--finetune-epochs", "0")
@@ -46,6 +52,56 @@ def test_a_profile_is_listed_shown_and_checked(call, profile):
     assert "fits this machine" in call("profile", "--check", profile).out
 
 
+def test_the_command_that_is_named_next_works(call, profile, tmp_path):
+    """It names the setting and the images of the profile."""
+    done = call("profile", *TINY, "--minutes", "0.01", "--out", profile)
+    line = done.out.splitlines()[-1]
+    assert line.startswith("next: chipdeploy calibrate resnet20 --latency 0.5 --image-size 8 --profile ")
+    then = call(*line.removeprefix("next: chipdeploy ").split())
+    assert then.code == 0, then.err
+    assert then.out.splitlines()[-1].startswith(
+        f"next: chipdeploy prune resnet20 --latency 0.5 --on ort-cpu --profile {profile} --data DATA"
+    )
+
+
+def begun(profile, folder):
+    """The profile as it stands after its first round, under the name by which it is found."""
+    whole = LatencyProfile.load(profile)
+    small = build_model("resnet20", num_classes=10, in_channels=3, image_size=8)
+    graph = trace(small, torch.randn(2, 3, 8, 8))
+    path = place("resnet20", graph, whole.setting, whole.environment, folder)
+    folder.mkdir(parents=True)
+    replace(whole, rounds=whole.rounds[:1], finished=False).save(path)
+    return path, graph, whole
+
+
+def test_a_profile_that_was_interrupted_goes_on_when_it_is_needed(call, profile, small_data, tmp_path):
+    path, *_ = begun(profile, tmp_path / "runs" / "profiles")
+    assert "not finished" in call("profile", "--show", path).out
+    arguments = ("--latency", "0.9", "--minutes", "0.01", "--runs", tmp_path / "runs")
+    done = call("prune", "resnet20", "--data", small_data, *SHORT, *arguments)
+    assert done.code in (0, 5), done.err
+    assert f"kept in {path}" in done.err
+    found = LatencyProfile.load(path)
+    assert found.finished and len(found.variants) >= 12
+
+
+def test_files_that_do_not_fit_stay_and_stand_in_nobodys_way(call, profile, tmp_path):
+    """One was cut short, the other measured with another version of the runtime."""
+    folder = tmp_path / "runs" / "profiles"
+    path, graph, whole = begun(profile, folder)
+    path.write_text(path.read_text()[:1000])
+    listed = call("profile", "--list", "--runs", tmp_path / "runs")
+    assert listed.code == 0
+    assert "was cut short" in listed.out
+    second = place("resnet20", graph, whole.setting, whole.environment, folder)
+    assert second.name == f"{path.stem}-2.json"
+    versions = whole.environment["versions"] | {"onnxruntime": "0.1"}
+    replace(whole, environment={**whole.environment, "versions": versions}).save(second)
+    assert matching(graph, whole.setting, whole.environment, folder) is None
+    assert place("resnet20", graph, whole.setting, whole.environment, folder).name == f"{path.stem}-3.json"
+
+
 def test_calibrate_says_budgets_and_draws_them(call, profile, tmp_path):
     done = call("calibrate", *TINY, "--latency", "0.5", "--profile", profile, "--out", tmp_path, "--json")
     assert done.code == 0, done.err
@@ -67,6 +123,14 @@ def broken(profile, tmp_path, what):
     }
     path.write_text(changed[what])
     return path
+
+
+@pytest.mark.parametrize("flag", ["--threads", "--bench-batch", "--minutes"])
+def test_a_profile_of_nothing_is_refused_before_anything_is_said(call, tmp_path, flag):
+    done = call("profile", *TINY, flag, "0", "--runs", tmp_path)
+    assert done.code == 2
+    assert "got 0; try" in done.error
+    assert done.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("what", ["edited", "truncated", "foreign"])
@@ -93,6 +157,8 @@ def test_a_damaged_profile_is_refused(call, profile, tmp_path, what):
         (("--latency", "0.5", "--profile", "none-such"), 3, "no profile"),
         (("--latency", "0.5", "--via", "magic"), 2, "via"),
         (("--latency", "0.5", "--align", "0"), 2, "align"),
+        (("--latency", "0.5", "--align", "moon"), 2, "--align: input should be 1 or more, or auto, got 'moon'"),
+        (("--latency", "0.5", "--max-size-mb", "1e-9"), 5, "1e-09 MB is out of reach"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(call, profile, small_data, tmp_path, arguments, code, words):

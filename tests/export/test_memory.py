@@ -49,8 +49,7 @@ def saved(nodes, ends, path, weights=()):
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_peak_is_where_the_stream_waits_for_its_branch(file, batch):
     found = footprint(file, batch)
-    axes = 2 * 8  # of the mean, two int64
-    assert found.weights == 4 * sum(p.numel() for p in Branches().parameters()) + axes
+    assert found.weights == 4 * sum(p.numel() for p in Branches().parameters())
     # relu(wide) is written over wide; then back is made while the stream is still needed.
     assert found.activations == batch * 4 * SIDE * SIDE * (8 + 16 + 8)
 
@@ -84,16 +83,45 @@ def test_other_precisions_are_shares(file):
     assert whole.mb == (whole.weights + whole.activations) / 1e6
 
 
-def test_sizes_that_only_a_run_tells_are_refused(tmp_path):
+def test_sizes_that_depend_on_what_is_seen_are_refused(tmp_path):
     nodes = [helper.make_node("NonZero", ["x"], ["places"])]
     path = saved(nodes, ([("x", ("n", 6))], [("places", None)]), tmp_path / "open.onnx")
-    with pytest.raises(ExportError, match=r"the size of 'places' in open.onnx is not known before it runs"):
+    with pytest.raises(ExportError, match=r"sizes in open.onnx: what NonZero gives is as large as the images say"):
         footprint(path, 1)
+
+
+def test_sizes_that_no_inference_of_shapes_tells_are_measured(tmp_path):
+    """A shape that is computed: [n, 2, 12] from [n, 24]; what computes it is no activation to speak of."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Gather", ["shape", "zero"], ["n"]),
+        helper.make_node("Concat", ["n", "rest"], ["wanted"], axis=0),
+        helper.make_node("Expand", ["one", "wanted"], ["ones"]),
+        helper.make_node("Reshape", ["a", "wanted"], ["b"]),
+        helper.make_node("MatMul", ["b", "v"], ["y"]),
+    ]
+    weights = [
+        ("w", np.zeros((6, 24), np.float32)),
+        ("v", np.zeros((12, 3), np.float32)),
+        ("one", np.ones((1, 1, 1), np.float32)),
+    ]
+    path = saved(nodes, ([("x", ("n", 6))], [("y", None), ("ones", None)]), tmp_path / "computed.onnx", weights)
+    proto = onnx.load(path)
+    proto.graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.array(values, np.int64), name)
+        for name, values in (("zero", [0]), ("rest", [2, 12]))
+    )
+    onnx.save(proto, path)
+    found = {batch: footprint(path, batch) for batch in (1, 5, 50)}
+    assert all(one.weights == 4 * (6 * 24 + 12 * 3 + 1) for one in found.values())
+    # a, which is b, beside ones and y.
+    assert found[50].activations - found[5].activations == 45 * 4 * (24 + 24 + 6)
 
 
 def test_a_file_that_is_none_is_refused(tmp_path):
     path = tmp_path / "none.onnx"
     path.write_bytes(b"no file of ONNX")
-    with pytest.raises(ExportError, match=r"cannot tell the sizes in none.onnx.*export the network again") as caught:
+    with pytest.raises(ExportError, match=r"cannot tell the sizes in none.onnx.*export it again") as caught:
         footprint(path, 1)
     assert "\n" not in str(caught.value)

@@ -40,7 +40,8 @@ def main() -> None:
     for name, make in (("predictors", _predictors), ("targets", _targets), ("memory", _memory)):
         where = f"Machine: {stores[name]['environment']['machine']}"
         if name != "memory":
-            where += f"; {stores[name]['rows' if name == 'predictors' else 'cells'][0]['setting']}"
+            setting = stores[name]["rows" if name == "predictors" else "cells"][0]["setting"]
+            where += "; " + ", ".join(part for part in setting.split(", ") if "x" not in part)  # all but the shape
         start, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
         before, rest = page.split(start)
         page = (

@@ -156,7 +156,7 @@ def _print(facts: dict[str, Any]) -> None:
     screen.print(f"  a channel less in steps of: {stairs} of the dense time")
     if "align" in facts:
         screen.print(f"  the stairs of this device: {facts['align']} channels")
-        screen.print(f"  a prediction is within {facts['spread']:.1%} for 95 of 100 plans (cross-validation)")
+        screen.print(f"  a prediction is within {facts['spread']:.1%} for 95 of 100 plans (each by all the others)")
 
 
 def _list(folder: Path, json: bool) -> None:

@@ -17,7 +17,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,19 @@ Method = Callable[[Job, nn.Module, ChannelGraph, float], nn.Module]
 
 def main() -> None:
     options = _options()
+    base, job, dense = start(options)
+    with tempfile.TemporaryDirectory() as work:
+        for keep in map(float, options.keeps.split(",")):
+            for cell in missing(options, {"keep": keep}):
+                config = base.model_copy(update={"keep": keep, "seed": cell["seed"]})
+                one = Job(config, job.data, job.recipe, job.device)
+                row = cell | _run(cell["method"], one, dense, options, Path(work))
+                append(options.out, row)
+                print({key: row[key] for key in (*cell, "test", "macs", "params", "seconds")}, flush=True)
+
+
+def start(options: argparse.Namespace) -> tuple[PruneConfig, Job, Path]:
+    """What all cells begin with: settings, data, and the dense weights; a results file that holds no cells yet."""
     torch.set_num_threads(options.threads)
     base = PruneConfig(
         model=options.model,
@@ -62,22 +75,21 @@ def main() -> None:
         device=options.device,
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as work:
-        job = prepare(base)
-        dense = Path(base.weights) if base.weights else train_dense(job, options.out.parent / "dense", Silent())
-        if not options.out.is_file():
-            accuracy = evaluate(dense_network(job, dense), job.data.test, job.device)
-            write_json(options.out, header(options) | {"dense_test": accuracy})
-        for keep in map(float, options.keeps.split(",")):
-            for seed in map(int, options.seeds.split(",")):
-                for method in options.methods.split(","):
-                    cell = {"method": method, "keep": keep, "seed": seed}
-                    if any(cell.items() <= row.items() for row in json.loads(options.out.read_text())["cells"]):
-                        continue
-                    config = base.model_copy(update={"keep": keep, "seed": seed})
-                    row = cell | _run(method, Job(config, job.data, job.recipe, job.device), dense, options, Path(work))
-                    append(options.out, row)
-                    print({key: row[key] for key in (*cell, "test", "macs", "params", "seconds")}, flush=True)
+    job = prepare(base)
+    dense = Path(base.weights) if base.weights else train_dense(job, options.out.parent / "dense", Silent())
+    if not options.out.is_file():
+        accuracy = evaluate(dense_network(job, dense), job.data.test, job.device)
+        write_json(options.out, header(options) | {"dense_test": accuracy})
+    return base, job, dense
+
+
+def missing(options: argparse.Namespace, goal: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """The cells of one goal that the results file does not hold; it is looked at before each."""
+    for seed in map(int, options.seeds.split(",")):
+        for method in options.methods.split(","):
+            cell = {"method": method, **goal, "seed": seed}
+            if not any(cell.items() <= row.items() for row in json.loads(options.out.read_text())["cells"]):
+                yield cell
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -91,23 +103,35 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--keeps", default=KEEPS)
+    parser.add_argument("--scratch-epochs", type=int, default=0, help="of the scratch row; 0: dense + total")
+    return parser.parse_args()
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    *,
+    model: str = "resnet20",
+    methods: str = METHODS,
+    dense_epochs: int = 10,
+    threads: int = 2,
+) -> None:
+    """Options of every comparison of methods, with their defaults."""
     parser.add_argument("--data", required=True)
-    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--model", default=model)
     parser.add_argument("--weights")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--keeps", default=KEEPS)
-    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--methods", default=methods)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--total", type=int, default=15, help="epochs of soft pruning and finetune together")
     parser.add_argument("--soft", type=int, default=3, help="of them with soft gates; one-shot only finetunes")
-    parser.add_argument("--dense-epochs", type=int, default=10, help="of the dense start, where it is trained here")
-    parser.add_argument("--scratch-epochs", type=int, default=0, help="of the scratch row; 0: dense + total")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dense-epochs", type=int, default=dense_epochs, help="of the dense start, if trained here")
+    parser.add_argument("--threads", type=int, default=threads)
     parser.add_argument("--device", default="cpu")
     numbers = lambda text: tuple(map(float, text.split(",")))  # noqa: E731
     parser.add_argument("--mean", type=numbers)
     parser.add_argument("--std", type=numbers)
-    return parser.parse_args()
 
 
 def header(options: argparse.Namespace) -> dict[str, Any]:

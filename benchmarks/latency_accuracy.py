@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from compare import append, dense_network, finetune, header, macs, torch_pruning_cut
+from compare import add_options, append, dense_network, finetune, macs, missing, start, torch_pruning_cut
 from latency_nets import PROFILES
 from torch import nn
 
@@ -39,8 +39,8 @@ from chipdeploy.latency.profiling import measure_profile
 from chipdeploy.latency.rig import Rig
 from chipdeploy.latency.store import file_name
 from chipdeploy.meeting import arrange, setting_of
-from chipdeploy.pipeline import Job, load, prepare, prune, train_dense
-from chipdeploy.run import Run, write_json
+from chipdeploy.pipeline import Job, load, prune
+from chipdeploy.run import Run
 from chipdeploy.training.loop import Silent, evaluate, renew_norms
 
 METHODS = "latency,flops,tp-1,tp-8,tp-16"
@@ -49,59 +49,25 @@ BISECTIONS = 9
 
 def main() -> None:
     options = _options()
-    torch.set_num_threads(options.threads)
-    base = PruneConfig(
-        model=options.model,
-        data=options.data,
-        mean=options.mean,
-        std=options.std,
-        weights=options.weights,
-        on=options.on,
-        soft_epochs=options.soft,
-        finetune_epochs=options.total - options.soft,
-        train_epochs=options.dense_epochs,
-        device=options.device,
-    )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    base, job, dense = start(options)
+    base = base.model_copy(update={"on": options.on})
     with tempfile.TemporaryDirectory() as work:
-        job = prepare(base)
-        dense = Path(base.weights) if base.weights else train_dense(job, options.out.parent / "dense", Silent())
-        if not options.out.is_file():
-            accuracy = evaluate(dense_network(job, dense), job.data.test, job.device)
-            write_json(options.out, header(options) | {"on": options.on, "dense_test": accuracy})
         for goal in map(float, options.goals.split(",")):
-            for seed in map(int, options.seeds.split(",")):
-                for method in options.methods.split(","):
-                    cell = {"method": method, "goal": goal, "seed": seed}
-                    if any(cell.items() <= row.items() for row in json.loads(options.out.read_text())["cells"]):
-                        continue
-                    via = method if method in ("latency", "flops") else "latency"
-                    values = base.model_dump() | {"latency": goal, "seed": seed, "via": via, "align": "auto"}
-                    one = Job(PruneConfig(**values | {"kind": "latency"}), job.data, job.recipe, job.device)
-                    row = cell | _run(method, one, dense, options, Path(work))
-                    append(options.out, row)
-                    print({key: row[key] for key in (*cell, "test", "time", "macs", "seconds")}, flush=True)
+            for cell in missing(options, {"goal": goal}):
+                via = cell["method"] if cell["method"] in ("latency", "flops") else "latency"
+                values = base.model_dump() | {"kind": "latency", "align": "auto", "via": via, "latency": goal}
+                config = PruneConfig(**values | {"seed": cell["seed"]})
+                row = cell | _run(cell["method"], replace(job, config=config), dense, options, Path(work))
+                append(options.out, row)
+                print({key: row[key] for key in (*cell, "test", "time", "macs", "seconds")}, flush=True)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--model", default="resnet56")
-    parser.add_argument("--weights")
-    parser.add_argument("--out", type=Path, required=True)
+    add_options(parser, model="resnet56", methods=METHODS, dense_epochs=30, threads=1)
     parser.add_argument("--on", default="ort-cpu")
     parser.add_argument("--goals", default="0.5,0.35")
-    parser.add_argument("--methods", default=METHODS)
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--total", type=int, default=15, help="epochs of soft pruning and finetune together")
-    parser.add_argument("--soft", type=int, default=3, help="of them with soft gates; one-shot only finetunes")
-    parser.add_argument("--dense-epochs", type=int, default=30, help="of the dense start, where it is trained here")
     parser.add_argument("--minutes", type=float, default=5.0, help="of the profile, where there is none")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    numbers = lambda text: tuple(map(float, text.split(",")))  # noqa: E731
-    parser.add_argument("--mean", type=numbers)
-    parser.add_argument("--std", type=numbers)
     parser.add_argument("--profiles", type=Path, default=PROFILES)
     return parser.parse_args()
 

@@ -105,10 +105,12 @@ def _chipnet(
 def _torch_pruning(
     job: Job, model: nn.Module, graph: ChannelGraph, round_to: int, work: Path
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The smallest of its ratios whose measured time is within the goal; found by bisection on the device."""
+    """The smallest of its ratios whose measured time is within the goal, found by bisection on the device; where none is,
+    the fastest of its cuts."""
     config = job.config
     assert isinstance(config, PruneConfig)
-    goal, low, high, best = config.latency, 0.0, 1.0, None
+    goal, low, high = config.latency, 0.0, 1.0
+    best: tuple[float, nn.Module] | None = None
     assert goal
     cost, tries = CostModel.of(graph, "macs"), []
     with Rig(model, graph, setting_of(config, graph)) as rig:
@@ -118,13 +120,11 @@ def _torch_pruning(
             engine = open_engine(config.on, _exported(job, small, work / "tried.onnx"), threads=config.threads)
             ratio = rig.time([engine], seconds=FIRST_S, blocks=BLOCKS)[0].ratio
             tries.append({"ratio": middle, "time": ratio, "macs": macs(small, job) / cost.dense})
-            if ratio <= goal:
-                high, best = middle, small
-            else:
-                low = middle
-    if best is None:
-        best = torch_pruning_cut(job, model, graph, 1.0, round_to)
-    return best, {"tries": tries}
+            if best is None or (ratio <= goal) or ratio < best[0]:
+                best = ratio, small
+            low, high = (low, middle) if ratio <= goal else (middle, high)
+    assert best
+    return best[1], {"tries": tries}
 
 
 def _exported(job: Job, network: nn.Module, path: Path) -> Path:

@@ -105,8 +105,8 @@ def _chipnet(
 def _torch_pruning(
     job: Job, model: nn.Module, graph: ChannelGraph, round_to: int, work: Path
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The smallest of its ratios whose measured time is within the goal, found by bisection on the device; where none is,
-    the fastest of its cuts."""
+    """The smallest of its ratios whose measured time is within the goal, found by bisection on the device; where none
+    is, the fastest of its cuts."""
     config = job.config
     assert isinstance(config, PruneConfig)
     goal, low, high = config.latency, 0.0, 1.0

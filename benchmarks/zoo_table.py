@@ -60,7 +60,8 @@ are of one thread.
 Torch-Pruning removes 30 % of the channels of the same network with random weights of the same kind, as its own examples
 do it; the result is compared with the dense network in which all that it removed is zero. ¹ equal only where layer
 norms, RMS norms and attention scales of the masked network see the living channels alone, as ours do. *Wrong* may also
-mean that the network's own code takes statistics over channels, of which there are fewer now. *No end*: not after 100 s."""
+mean that the network's own code takes statistics over channels, of which there are fewer now.
+*No end*: not after 100 s."""
 RUNS = ("equal", "equal-living", "wrong", "unpruned", "untold")
 
 

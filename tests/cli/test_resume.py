@@ -61,7 +61,7 @@ def test_another_seed_gives_another_network(tmp_path, call, settings, finished):
 @pytest.mark.parametrize(
     ("pattern", "row", "how", "code"),
     [
-        ("runs/dense/*.partial", "dense 1", signal.SIGINT, 130),
+        ("runs/dense/[!.]*.partial", "dense 1", signal.SIGINT, 130),
         ("mine/checkpoint.safetensors", "soft 1", signal.SIGTERM, 143),
         ("mine/checkpoint.safetensors", "finetune 1", signal.SIGKILL, -9),
     ],

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from chipdeploy import checkpoint
-from chipdeploy.chipnet.costs import COSTS, UNITS, Cost, CostModel
+from chipdeploy.chipnet.costs import COSTS, UNITS, CostModel
 from chipdeploy.chipnet.project import Projector
 from chipdeploy.chipnet.soft import LATENCY, Budget, ChipNet
 from chipdeploy.config import PruneConfig, TrainConfig
@@ -170,17 +170,15 @@ def check_budget(
     _check_output(model, job.example, job.data.num_classes)
     size = _check_size(config, model, graph)
     meeting = arrange(config, model, graph, folder=profiles, run=run, on_round=on_round, tell=tell)
-    align = step(config, meeting, graph)
-    cost: Cost
     if meeting and meeting.goal:
-        cost, text = meeting.profile.cost(graph), f"take at most {meeting.text()}"
-        projector = Projector(graph, cost, align, min_width=config.min_width, blocks=config.blocks)
-    else:
-        budget = Budget(config.kind, config.keep)
-        cost, unit = CostModel.of(graph, budget.cost), UNITS[budget.cost]
-        projector = Projector(graph, cost, align, min_width=config.min_width, blocks=config.blocks)
-        projector.check(config.keep)
-        text = f"keep at most {config.keep:.4g} of the {unit}: {config.keep * cost.dense:,.0f} of {cost.dense:,.0f}"
+        return f"take at most {meeting.text()}{size}", meeting
+    budget = Budget(config.kind, config.keep)
+    cost = CostModel.of(graph, budget.cost)
+    align = step(config, meeting, graph)
+    projector = Projector(graph, cost, align, min_width=config.min_width, blocks=config.blocks)
+    projector.check(config.keep)
+    unit = UNITS[budget.cost]
+    text = f"keep at most {config.keep:.4g} of the {unit}: {config.keep * cost.dense:,.0f} of {cost.dense:,.0f}"
     return text + size, meeting
 
 
@@ -358,12 +356,16 @@ class Pruning:
                 met = self.meeting.settle(chip.model, chip, project, shown)
                 self._take(chip, met.mask)
                 self.best["met"] = met.to_dict()
-            elif sizing:
+            elif sizing and not sizing.fits(self._mask(chip)):
                 self._take(chip, sizing.project(chip.scores(), chip.budget.keep))
             if sizing:
-                plan = PrunePlan.from_dict(self.best["plan"])
-                self.best["memory"] = sizing.facts(plan.mask(chip.graph))
+                self.best["memory"] = sizing.facts(self._mask(chip))
         self.best["settled"] = True
+
+    def _mask(self, chip: ChipNet) -> Mask:
+        """The channels of the plan that will be cut."""
+        assert self.best is not None
+        return PrunePlan.from_dict(self.best["plan"]).mask(chip.graph)
 
     def _take(self, chip: ChipNet, mask: Mask) -> None:
         """Cut by another plan than the soft phase's; channels that it adds come back as they were."""

@@ -82,6 +82,10 @@ class Sizing:
             self._known[key] = self._rig.footprint(mask).at(self.precision)
         return self._known[key]
 
+    def fits(self, mask: Mask) -> bool:
+        """Whether the network cut by a mask [channels] is within the limit."""
+        return self.footprint(mask).mb <= self.limit_mb
+
     def text(self) -> str:
         """`1.5 MB of weights and activations (dense: 2.7), batch 1`."""
         return f"{self.limit_mb:g} MB of weights and activations (dense: {self.dense.mb:.3g}), batch {self.batch}"
@@ -125,7 +129,7 @@ class Sizing:
                 return None if best is None else best[1]
             mask = projector.project(scores, tightness)
             cheap = cost.count(group_widths(self._graph, mask)) <= keep * cost.dense
-            fits = self.footprint(mask).mb <= self.limit_mb
+            fits = self.fits(mask)
             value = float(scores[mask].sum())
             if cheap and fits and (best is None or value > best[0]):
                 best = value, mask

@@ -5,6 +5,7 @@
 
 Beside it: seconds of `hard_prune` for torchvision's ResNet-50, and CPU seconds of `chipdeploy --help`. The projections
 fall inside the timed steps, as they do in training: the ratio is of sums over all blocks, with a bootstrap interval.
+By default there are as many soft steps as `chipdeploy prune` makes on the embedded images, its shortest soft phase.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="resnet56")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--blocks", type=int, default=40, help="of four steps each: plain, soft, soft, plain")
+    parser.add_argument("--blocks", type=int, default=210, help="of four steps each: plain, soft, soft, plain")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

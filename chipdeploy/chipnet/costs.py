@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -172,12 +173,18 @@ class CostModel:
     def partial(self, widths: Ints, terms: Ints) -> Floats:
         """The sums of some terms, [K, G] ▶ [K]."""
         extended = np.concatenate([widths, np.ones((len(widths), 1), dtype=np.int64)], axis=1).astype(np.float64)
-        alive = np.ones((len(widths), len(self.branch_groups) + 1))
-        for number in np.unique(self.branch[terms]).tolist():
-            if number < len(self.branch_groups):
-                alive[:, number] = (widths[:, list(self.branch_groups[number])] > 0).any(axis=1)
-        parts = extended[:, self.first[terms]] * extended[:, self.second[terms]] * alive[:, self.branch[terms]]
+        alive = (extended > 0).astype(np.float32) @ self._inside[:, self.branch[terms]] > 0
+        parts = extended[:, self.first[terms]] * extended[:, self.second[terms]] * alive
         return np.asarray(parts @ self.coefficients[terms], dtype=np.float64)
+
+    @cached_property
+    def _inside(self) -> NDArray[np.float32]:
+        """1 where a group is inside a branch, [G + 1, B + 1]; the constant 1 keeps the terms of no branch alive."""
+        inside = np.zeros((len(self.sizes) + 1, len(self.branch_groups) + 1), dtype=np.float32)
+        for number, groups in enumerate(self.branch_groups):
+            inside[list(groups), number] = 1
+        inside[-1, -1] = 1
+        return inside
 
     def soft(self, device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]:
         """V in [0, 1] of soft widths [G] and soft presence of the branches [B]."""

@@ -6,60 +6,84 @@ z · weight. A branch whose groups are all closed yields nothing: its last affin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chipdeploy.graph.channels import KEPT, ChannelGraph
+from chipdeploy.graph.channels import KEPT, ChannelGraph, Slot
+from chipdeploy.graph.labels import Ints
 from chipdeploy.graph.living import LivingWeight
+from chipdeploy.graph.scaling import Shape, scaled
+
+
+class _Factor(NamedTuple):
+    """What scales a tensor along one dimension: `places` in the vector of gates, 1 and branches; one place for all."""
+
+    tensor: str
+    dim: int
+    places: Ints
+
+
+class _Round:
+    """Factors of different tensors, applied at once."""
+
+    def __init__(self, factors: Sequence[_Factor], device: torch.device | str) -> None:
+        self.names = [factor.tensor for factor in factors]
+        self.index = torch.from_numpy(np.concatenate([factor.places for factor in factors])).to(device)
+        self._along = [(factor.dim, len(factor.places)) for factor in factors]
+
+    def shapes(self, tensors: Sequence[Tensor]) -> list[Shape]:
+        """Of the factors, so that each stands along its dimension of its tensor."""
+        return [
+            ((1,) * dim + (size,) + (1,) * (tensor.dim() - dim - 1))[: tensor.dim()]
+            for tensor, (dim, size) in zip(tensors, self._along, strict=True)
+        ]
 
 
 class Gating:
     """Applies a gate vector [channels] to a network's tensors. The gather over all layers is one op."""
 
     def __init__(self, graph: ChannelGraph, device: torch.device | str = "cpu") -> None:
-        self._slots = graph.gated_slots
-        self._norms = graph.norms
-        read = (*self._slots, *self._norms)
-        self._sizes = [len(slot.index) for slot in read]
-        always = graph.channels  # position of the constant 1 behind the gates
-        index = np.concatenate([np.zeros(0, np.int64), *(slot.index for slot in read)])
-        self._index = torch.from_numpy(np.where(index == KEPT, always, index)).to(device)
-        self._tails = [(name, i) for i, branch in enumerate(graph.branches) for name in branch.tail]
+        factors = [_Factor(slot.tensor, slot.dim, _places(graph, slot)) for slot in graph.gated_slots]
+        for number, branch in enumerate(graph.branches, start=graph.channels + 1):
+            factors += [_Factor(name, 0, np.array([number])) for name in branch.tail]
+        self._rounds = [_Round(factors, device) for factors in _rounds(factors)]
+        self._norms = [(slot.tensor, torch.from_numpy(_places(graph, slot)).to(device)) for slot in graph.norms]
         inside = [(c, i) for i, branch in enumerate(graph.branches) for g in branch.groups for c in _channels(graph, g)]
         self._inside = torch.tensor(inside, dtype=torch.int64, device=device).reshape(-1, 2)
         self._branches = len(graph.branches)
 
     def __call__(self, gates: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | LivingWeight]:
         """What the network is to compute with, by the tensors' names. gates: [channels] in [0, 1]."""
-        scaled, factors = self._scaled(gates, tensors)
-        living: dict[str, Tensor | LivingWeight] = {}
-        for slot, factor in zip(self._norms, factors[len(self._slots) :], strict=True):
-            living[slot.tensor] = LivingWeight(scaled.get(slot.tensor, tensors[slot.tensor]), factor)
-        return scaled | living
+        values = self._values(gates)
+        found = self._scaled(values, tensors)
+        living = {
+            name: LivingWeight(found.get(name, tensors[name]), values.index_select(0, places))
+            for name, places in self._norms
+        }
+        return found | living
 
     def fold(self, gates: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The scaled tensors by name, to be kept. Norms over channels must be cut to their living ones after that."""
-        return self._scaled(gates, tensors)[0]
+        return self._scaled(self._values(gates), tensors)
 
-    def _scaled(self, gates: Tensor, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        scaled: dict[str, Tensor] = {}
-        factors = torch.cat([gates, gates.new_ones(1)])[self._index]
-        parts = torch.split(factors, self._sizes)
-        for slot, factor in zip(self._slots, parts, strict=False):
-            tensor = scaled.get(slot.tensor, tensors[slot.tensor])
-            view = [1] * tensor.dim()
-            view[slot.dim] = -1
-            scaled[slot.tensor] = tensor * factor.view(view)
-        if self._tails:
-            alive = self.alive(gates).unbind()
-            for name, branch in self._tails:
-                scaled[name] = scaled.get(name, tensors[name]) * alive[branch]
-        return scaled, parts
+    def _values(self, gates: Tensor) -> Tensor:
+        """All that tensors are scaled by: the gates, the constant 1, the branches."""
+        return torch.cat([gates, gates.new_ones(1), self.alive(gates)])
+
+    def _scaled(self, values: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for step in self._rounds:
+            own = [found.get(name, tensors[name]) for name in step.names]
+            found.update(
+                zip(step.names, scaled(own, values.index_select(0, step.index), step.shapes(own)), strict=True)
+            )
+        return found
 
     def alive(self, gates: Tensor) -> Tensor:
         """The widest open gate inside every branch, [branches]."""
@@ -68,23 +92,21 @@ class Gating:
 
 
 @contextmanager
-def swapped(model: nn.Module, tensors: Mapping[str, Tensor | LivingWeight]) -> Iterator[None]:
-    """Inside, `model` computes with `tensors` in place of its parameters of these names; afterwards with its own.
+def swapped(model: nn.Module, tensors: Mapping[Tensor, Tensor | LivingWeight]) -> Iterator[None]:
+    """Inside, `model` computes with `tensors` in place of its parameters, their keys; afterwards with its own.
 
     What `torch.func.functional_call` does, with fewer look-ups: it is paid in every step of the soft phase.
     """
-    parameters = dict(model.named_parameters())
-    new = {id(parameters[name]): tensor for name, tensor in tensors.items()}
     # By identity, not by name: a parameter that several modules share is swapped in all of them.
     homes = [
         (store, name, parameter)
         for store in (module._parameters for module in model.modules())
         for name, parameter in store.items()
-        if id(parameter) in new
+        if parameter in tensors
     ]
     try:
         for store, name, parameter in homes:
-            store[name] = new[id(parameter)]  # type: ignore[assignment]
+            store[name] = tensors[parameter]  # type: ignore[assignment,index]
         yield
     finally:
         for store, name, parameter in homes:
@@ -93,8 +115,26 @@ def swapped(model: nn.Module, tensors: Mapping[str, Tensor | LivingWeight]) -> I
 
 def gated_call(model: nn.Module, gating: Gating, gates: Tensor, *inputs: Tensor) -> Any:
     """Run `model` with its tensors scaled by `gates`; the model itself stays as it is."""
-    with swapped(model, gating(gates, dict(model.named_parameters()))):
+    own = dict(model.named_parameters())
+    with swapped(model, {own[name]: tensor for name, tensor in gating(gates, own).items()}):
         return model(*inputs)
+
+
+def _places(graph: ChannelGraph, slot: Slot) -> Ints:
+    """Where the factors of a slot stand: its channels' gates, and the 1 behind all gates for what is kept."""
+    return np.where(slot.index == KEPT, graph.channels, slot.index)
+
+
+def _rounds(factors: Sequence[_Factor]) -> list[list[_Factor]]:
+    """The first factor of every tensor, then the second, and so on."""
+    rounds: list[list[_Factor]] = []
+    seen: Counter[str] = Counter()
+    for factor in factors:
+        if seen[factor.tensor] == len(rounds):
+            rounds.append([])
+        rounds[seen[factor.tensor]].append(factor)
+        seen[factor.tensor] += 1
+    return rounds
 
 
 def _channels(graph: ChannelGraph, group: int) -> range:

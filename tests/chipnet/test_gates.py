@@ -32,6 +32,11 @@ def test_heaviside():
     assert float(heaviside(values(0.1), 256.0)) == pytest.approx(1.0 - exp(-25.6))
 
 
+def test_a_gate_that_float32_cannot_tell_from_0_is_closed():
+    assert heaviside(values(1e-30, 1e-9), 64.0).tolist() == [0.0, 0.0]
+    assert float(heaviside(values(1e-8), 64.0)) == pytest.approx(6.4e-7, rel=1e-3)
+
+
 @pytest.mark.parametrize("gamma", [2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0])
 @pytest.mark.parametrize("beta", [1.0, 3.0, 12.0])
 def test_half_point_gives_one_half(gamma, beta):

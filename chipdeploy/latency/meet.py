@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ TRIES = 10
 BISECTIONS = 12
 CLOSE = 0.003  # of the aim: no nearer plan is searched for
 FIRST_S, CONFIRM_S = 2.5, 6.0  # seconds of a measurement
-OPENINGS = 3  # of a confirmation: where engines lie in memory moves a ratio by some per cent
+OPENINGS = 3  # of a confirmation, and of all tries after one has failed: where engines lie in memory moves a ratio
 BLOCKS = 30
 
 Propose = Callable[[float], Mask]  # a budget's share ▶ the best plan under it, [channels]
@@ -91,7 +91,7 @@ def meet(
     its own; only what passes twice ends the search. Where nothing does, the slowest plan within the goal is taken, and
     where there is none, the fastest.
     """
-    aim, factor = goal * (1 - tolerance / 2), 1.0
+    aim, factor, openings = goal * (1 - tolerance / 2), 1.0, 1
     seen: dict[bytes, Try] = {}
     confirmed: list[tuple[Try, Comparison]] = []
     for _ in range(tries):
@@ -102,7 +102,7 @@ def meet(
             step = (1 + tolerance / 2) if last.ratio < goal * (1 - tolerance) else (1 - tolerance / 2)
             aim *= step
             continue
-        found = _measured(rig, cost, share, mask, FIRST_S)
+        found = _measured(rig, cost, share, mask, FIRST_S, openings)
         seen[mask.tobytes()] = found[0]
         if on_try:
             on_try(found[0])
@@ -111,7 +111,7 @@ def meet(
             confirmed.append(again)
             if _fits(again[0].ratio, goal, tolerance):
                 break
-            found = again
+            found, openings = again, OPENINGS  # one opening tells too little of this network
         factor = found[0].ratio / max(found[0].predicted, 1e-9)
         aim = goal * (1 - tolerance / 2)
     return _chosen(rig, cost, goal, tolerance, tuple(seen.values()), confirmed)
@@ -125,23 +125,23 @@ def _predicted(rig: Rig, cost: LatencyCost, mask: Mask) -> float:
     return cost.count(group_widths(rig.graph, mask))
 
 
-def _measured(rig: Rig, cost: LatencyCost, share: float, mask: Mask, seconds: float) -> tuple[Try, Comparison]:
-    engine = rig.engine(mask)
-    comparison = rig.time([engine], seconds=seconds, blocks=BLOCKS)[0]
-    rig.forget()
-    predicted = _predicted(rig, cost, mask)
-    return Try(share, predicted, comparison.ratio, comparison.ratio_interval, mask), comparison
+def _measured(
+    rig: Rig, cost: LatencyCost, share: float, mask: Mask, seconds: float, openings: int
+) -> tuple[Try, Comparison]:
+    """Times of a cut; with several openings both networks' engines are opened anew for each."""
+    parts = []
+    for _ in range(openings):
+        if openings > 1:
+            rig.renew()
+        engine = rig.engine(mask)
+        parts.append(rig.time([engine], seconds=seconds / openings, blocks=BLOCKS)[0])
+        rig.forget()
+    whole = joined(parts)
+    return Try(share, _predicted(rig, cost, mask), whole.ratio, whole.ratio_interval, mask), whole
 
 
 def _confirmed(rig: Rig, cost: LatencyCost, share: float, mask: Mask) -> tuple[Try, Comparison]:
-    """A longer measurement, over engines of both networks that are opened anew several times."""
-    parts = []
-    for _ in range(OPENINGS):
-        rig.renew()
-        found, comparison = _measured(rig, cost, share, mask, CONFIRM_S / OPENINGS)
-        parts.append(comparison)
-    whole = joined(parts)
-    return replace(found, ratio=whole.ratio, interval=whole.ratio_interval), whole
+    return _measured(rig, cost, share, mask, CONFIRM_S, OPENINGS)
 
 
 def _inverse(propose: Propose, predicted: Callable[[Mask], float], aim: float, start: float) -> tuple[float, Mask]:

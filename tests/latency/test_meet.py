@@ -11,7 +11,7 @@ from chipdeploy.engines.target import Target
 from chipdeploy.graph.plan import group_widths
 from chipdeploy.graph.proof import random_mask
 from chipdeploy.latency.measure import Comparison
-from chipdeploy.latency.meet import meet
+from chipdeploy.latency.meet import OPENINGS, meet
 from chipdeploy.latency.predict import Sample, fit
 from chipdeploy.latency.rig import Rig, Setting
 
@@ -146,3 +146,14 @@ def test_a_predictor_that_is_off_is_corrected(tiny, cost, proposer, factor):
     assert met.met and met.near
     assert 0.97 * 0.5 <= met.comparison.ratio <= 0.5
     assert len(met.tries) > 1
+
+
+def test_after_a_confirmation_that_failed_every_try_covers_several_openings(tiny, cost, proposer):
+    """Where engines lie moves the times of this network; one opening a try would chase that."""
+    quiet = Device(tiny[1])
+    first = meet(quiet, cost, proposer(), 0.5)
+    device = Device(tiny[1], factor=1.2, noise=[0.49 / 1.2 / quiet.ratio(group_widths(tiny[1], first.tries[0].mask))])
+    met = meet(device, cost, proposer(), 0.5)
+    later = [mask for mask, _ in device.asked[1 + OPENINGS :]]
+    assert len(met.tries) > 1
+    assert later == [mask for mask in later[::OPENINGS] for _ in range(OPENINGS)]

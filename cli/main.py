@@ -86,7 +86,8 @@ def run(arguments: list[str]) -> int:
         code = leave.exit_code
     except TyperUsageError as error:
         message: str = error.format_message()  # type: ignore[attr-defined]
-        return _fail(f"{_one_line(message)}; see 'chipdeploy --help'", "UsageError", 2, as_json)
+        command = f"chipdeploy {arguments[0]}" if arguments and arguments[0] in commands else "chipdeploy"
+        return _fail(f"{_one_line(message)}; see '{command} --help'", "UsageError", 2, as_json)
     except ChipdeployError as error:
         return _fail(_one_line(str(error)), type(error).__name__, error.exit_code, as_json)
     except (KeyboardInterrupt, typer.Abort):

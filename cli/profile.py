@@ -40,9 +40,12 @@ def profile(
     json: options.Json = False,
 ) -> None:
     """Measure whole cut networks of a model on a target, for 'calibrate' and 'prune --latency'; or look at profiles."""
+    from chipdeploy.errors import UsageError
     from chipdeploy.latency.store import FOLDER
 
     folder = runs / FOLDER
+    if len(asked := [name for name, value in (("--list", listed), ("--show", show), ("--check", check)) if value]) > 1:
+        raise UsageError(f"{' and '.join(asked)} are answered one at a time; leave {asked[1]} for a call of its own")
     if listed:
         _list(folder, json)
     elif show or check:

@@ -19,8 +19,9 @@ from torch import nn
 
 from chipdeploy.engines.base import Engine, Images, open_engine
 from chipdeploy.engines.build import BuildOptions, build_engine
+from chipdeploy.engines.cuda import this_gpu
 from chipdeploy.engines.target import Target
-from chipdeploy.errors import ExportError, UsageError
+from chipdeploy.errors import ExportError, MissingError, UsageError
 from chipdeploy.export.memory import Footprint, footprint
 from chipdeploy.export.onnx import export_onnx
 from chipdeploy.export.precision import convert
@@ -72,6 +73,10 @@ class Rig:
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, setting: Setting) -> None:
         self.graph, self.setting = graph, setting
+        if setting.target.builds and not this_gpu()[0]:
+            raise MissingError(
+                f"no GPU is here to measure {setting.target.name} on; use a machine with one, or ort-cpu"
+            )
         self._model = copy.deepcopy(model).to("cpu").eval().to(memory_format=torch.contiguous_format)
         self._stack = ExitStack()
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="chipdeploy-")))

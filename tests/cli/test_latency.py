@@ -133,6 +133,20 @@ def test_a_profile_of_nothing_is_refused_before_anything_is_said(call, tmp_path,
     assert done.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--list", "--show", "x"), 2, "--list and --show are answered one at a time"),
+        (("--show", "x", "--check", "x"), 2, "--show and --check are answered one at a time"),
+        (("--on", "rtx-fp16"), 4, "no GPU is here to measure rtx-fp16 on"),
+    ],
+)
+def test_questions_without_an_answer_are_refused(call, tmp_path, arguments, code, words):
+    done = call("profile", *TINY, *arguments, "--runs", tmp_path)
+    assert done.code == code
+    assert words in done.error
+
+
 @pytest.mark.parametrize("what", ["edited", "truncated", "foreign"])
 def test_a_damaged_profile_is_refused(call, profile, tmp_path, what):
     path = broken(profile, tmp_path, what)

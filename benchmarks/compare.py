@@ -39,6 +39,7 @@ from chipdeploy.latency.environment import environment
 from chipdeploy.latency.measure import compare
 from chipdeploy.pipeline import Job, load, prepare, prune, train_dense
 from chipdeploy.run import Run, write_json
+from chipdeploy.training.distill import Teacher
 from chipdeploy.training.loop import Silent, evaluate, renew_norms, train_epoch
 from chipdeploy.training.recipes import recipe
 from chipdeploy.training.weights import load_weights
@@ -72,6 +73,8 @@ def start(options: argparse.Namespace) -> tuple[PruneConfig, Job, Path]:
         soft_epochs=options.soft,
         finetune_epochs=options.total - options.soft,
         train_epochs=options.dense_epochs,
+        lr=options.lr,
+        distill=options.distill,
         device=options.device,
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -85,9 +88,10 @@ def start(options: argparse.Namespace) -> tuple[PruneConfig, Job, Path]:
 
 def missing(options: argparse.Namespace, goal: dict[str, float]) -> Iterator[dict[str, Any]]:
     """The cells of one goal that the results file does not hold; it is looked at before each."""
+    other = {key: getattr(options, key) for key in ("lr", "distill") if getattr(options, key) is not None}
     for seed in map(int, options.seeds.split(",")):
         for method in options.methods.split(","):
-            cell = {"method": method, **goal, "seed": seed}
+            cell = {"method": method, **goal, **other, "seed": seed}
             if not any(cell.items() <= row.items() for row in json.loads(options.out.read_text())["cells"]):
                 yield cell
 
@@ -128,6 +132,8 @@ def add_options(
     parser.add_argument("--soft", type=int, default=3, help="of them with soft gates; one-shot only finetunes")
     parser.add_argument("--dense-epochs", type=int, default=dense_epochs, help="of the dense start, if trained here")
     parser.add_argument("--threads", type=int, default=threads)
+    parser.add_argument("--lr", type=float, help="peak learning rate, where it is not the recipe's")
+    parser.add_argument("--distill", type=float, help="weight of the teacher, likewise")
     parser.add_argument("--device", default="cpu")
     numbers = lambda text: tuple(map(float, text.split(",")))  # noqa: E731
     parser.add_argument("--mean", type=numbers)
@@ -165,30 +171,31 @@ def _run(method: str, job: Job, dense: Path, options: argparse.Namespace, work: 
         epochs = options.total
         if method == "scratch":
             epochs = options.scratch_epochs or options.dense_epochs + options.total
-        finetune(job, small, epochs)
+        finetune(job, small, epochs, None if method == "scratch" else job.teacher(dense_network(job, dense)))
         facts["epochs"] = epochs
     seconds = time.monotonic() - started
     machine = {"seconds": round(seconds), "machine": environment()["machine"]}
     return facts | _count(model, small, job) | _latency(model, small, job, work) | machine
 
 
-def finetune(job: Job, model: nn.Module, epochs: int) -> None:
-    """The default recipe's own finetune, from its first step to its last."""
+def finetune(job: Job, model: nn.Module, epochs: int, teacher: Teacher | None) -> None:
+    """The default recipe's own finetune, from its first step to its last; without a teacher its dense training."""
     rules = job.recipe
     optimizer = torch.optim.SGD(
         model.parameters(), lr=rules.rate, momentum=rules.momentum, weight_decay=rules.weight_decay, nesterov=True
     )
-    total = epochs * job.steps
+    total, rate = epochs * job.steps, job.prune_rate if teacher else job.rate
     for epoch in range(epochs):
         train_epoch(
             model,
             job.data.train,
             optimizer,
-            lambda step, before=epoch * job.steps: job.rate(before + step, total),
+            lambda step, before=epoch * job.steps: rate(before + step, total),
             batch=job.batch,
             seed=job.config.seed * 100_003 + epoch,
             device=job.device,
             watcher=Silent(),
+            teacher=teacher,
         )
 
 
@@ -315,6 +322,7 @@ def macs(model: nn.Module, job: Job) -> float:
 def _count(model: nn.Module, small: nn.Module, job: Job) -> dict[str, Any]:
     size = lambda network: sum(p.numel() for p in network.parameters())  # noqa: E731
     return {
+        "val": evaluate(small, job.data.val, job.device),
         "test": evaluate(small, job.data.test, job.device),
         "macs": macs(small, job) / macs(model, job),
         "params": size(small) / size(model),

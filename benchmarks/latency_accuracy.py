@@ -79,7 +79,7 @@ def _run(method: str, job: Job, dense: Path, options: argparse.Namespace, work: 
     if method.startswith("tp-"):
         small, facts = _torch_pruning(job, model, graph, int(method[3:]), work)
         renew_norms(small, job.data.train, batch=job.batch, device=job.device)
-        finetune(job, small, options.total)
+        finetune(job, small, options.total, job.teacher(dense_network(job, dense)))
     else:
         small, facts = _chipnet(job, dense, graph, options, work)
     facts |= {"test": evaluate(small, job.data.test, job.device), "macs": macs(small, job) / macs(model, job)}

@@ -68,6 +68,7 @@ class PruneConfig(TrainConfig):
     exclude: tuple[str, ...] = ()
     soft_epochs: int | None = Field(default=None, ge=1)
     finetune_epochs: int | None = Field(default=None, ge=0)
+    distill: float | None = Field(default=None, ge=0, le=1)
 
     @model_validator(mode="before")
     @classmethod

@@ -33,6 +33,7 @@ from chipdeploy.meeting import MEASURED, PROFILE, Meeting, arrange, keep_profile
 from chipdeploy.run import CONFIG, Run, make_folder, read_json, write_json
 from chipdeploy.sizing import Sizing
 from chipdeploy.training.data import ImageData, load_data
+from chipdeploy.training.distill import Teacher
 from chipdeploy.training.loop import Watcher, evaluate, renew_norms, train_epoch
 from chipdeploy.training.models import build_model
 from chipdeploy.training.recipes import Recipe, recipe
@@ -100,13 +101,22 @@ class Job:
         return model.to(self.device).to(memory_format=torch.channels_last)
 
     def rate(self, step: int, total: int) -> float:
-        """Learning rate at a step of `total`."""
-        scale = (self.config.lr or self.recipe.rate) / self.recipe.rate
-        return scale * self.recipe.rate_at(step / total, step // self.steps)
+        """Learning rate at a step of `total` of the dense training."""
+        return (self.config.lr or self.recipe.rate) * self.recipe.curve(step / total, step // self.steps)
+
+    def prune_rate(self, step: int, total: int) -> float:
+        """Learning rate at a step of `total` of the soft phase and the finetune."""
+        return (self.config.lr or self.recipe.prune_rate) * self.recipe.curve(step / total, step // self.steps)
 
     def soft_rate(self, step: int, total: int) -> float:
         """Learning rate of the weights at a step of the soft phase; constant for AdamW, as published."""
-        return self.recipe.soft_adam or self.rate(step, total)
+        return self.recipe.soft_adam or self.prune_rate(step, total)
+
+    def teacher(self, dense: nn.Module) -> Teacher | None:
+        """The trained dense network as the finetune's teacher; None where its answers count nothing."""
+        assert isinstance(self.config, PruneConfig)
+        weight = self.recipe.distill if self.config.distill is None else self.config.distill
+        return Teacher(dense.eval(), weight, self.recipe.temperature) if weight else None
 
 
 def prepare(config: TrainConfig) -> Job:
@@ -269,11 +279,19 @@ def _epoch(
     rate: Callable[[int], float],
     batch: int,
     watcher: Watcher,
+    teacher: Teacher | None = None,
 ) -> float:
     """One epoch; its seed follows from its number."""
-    seed = job.config.seed * 100_003 + epoch
     return train_epoch(
-        network, job.data.train, optimizer, rate, batch=batch, seed=seed, device=job.device, watcher=watcher
+        network,
+        job.data.train,
+        optimizer,
+        rate,
+        batch=batch,
+        seed=job.config.seed * 100_003 + epoch,
+        device=job.device,
+        watcher=watcher,
+        teacher=teacher,
     )
 
 
@@ -408,7 +426,7 @@ class Pruning:
         """Train the cut network; its weights are those of the best epoch on the validation images."""
         job = self.job
         small = small.to(memory_format=torch.channels_last)
-        optimizer = _sgd(small, job)
+        optimizer, teacher = _sgd(small, job), job.teacher(self.dense)
         self._resume("finetune", {"model": small, "optimizer": optimizer})
         done = sum(row["phase"] == "finetune" for row in self.rows)
         self.watcher.phase("finetune", self.finetune_epochs - done, job.steps)
@@ -416,7 +434,7 @@ class Pruning:
         for epoch in range(done, self.finetune_epochs):
             number = self.soft_epochs + epoch
             rate = partial(self._rate, before + epoch * job.steps)
-            loss = _epoch(job, small, optimizer, number, rate, job.batch, self.watcher)
+            loss = _epoch(job, small, optimizer, number, rate, job.batch, self.watcher, teacher)
             accuracy = evaluate(small, job.data.val, job.device)
             assert self.best is not None
             if accuracy >= self.best.get("val", 0.0):
@@ -437,7 +455,7 @@ class Pruning:
         total = self.finetune_epochs * self.job.steps
         if self.job.recipe.joined:
             total += self.soft_epochs * self.job.soft_steps
-        return self.job.rate(before + step, total)
+        return self.job.prune_rate(before + step, total)
 
     def _soft_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         rules = self.job.recipe

@@ -67,6 +67,10 @@ def prune(
     train_epochs: options.TrainEpochs = None,
     soft_epochs: Annotated[int | None, typer.Option("--soft-epochs", help="Epochs with soft gates.")] = None,
     finetune_epochs: Annotated[int | None, typer.Option("--finetune-epochs", help="Epochs after the cut.")] = None,
+    distill: Annotated[
+        float | None,
+        typer.Option("--distill", help="Weight of the dense network's answers in the finetune, 0 to 1. Default: 0.7."),
+    ] = None,
     batch: options.Batch = None,
     lr: options.LearningRate = None,
     image_size: options.ImageSize = None,
@@ -104,6 +108,7 @@ def prune(
         "train_epochs": train_epochs,
         "soft_epochs": soft_epochs,
         "finetune_epochs": finetune_epochs,
+        "distill": distill,
         "batch": batch,
         "lr": lr,
         "image_size": image_size,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from chipdeploy.chipnet.soft import ChipNet
 from chipdeploy.errors import TargetError
+from chipdeploy.training.distill import Teacher
 from chipdeploy.training.splits import Split
 
 REPORT_EVERY = 20  # steps between two looks at the loss: reading it waits for the device
@@ -60,10 +61,12 @@ def train_epoch(
     seed: int,
     device: torch.device,
     watcher: Watcher,
+    teacher: Teacher | None = None,
 ) -> float:
     """Train for one epoch; returns the mean loss.
 
-    rate: learning rate of every step of the epoch. A `ChipNet` gets its own losses and its own step.
+    rate: learning rate of every step of the epoch. A `ChipNet` gets its own losses and its own step. teacher: whose
+    answers are learnt beside the labels.
 
     Raises:
         TargetError: the loss is no finite number any more.
@@ -76,7 +79,7 @@ def train_epoch(
     for images, labels in split.batches(batch, seed=seed, augment=True, device=device):
         for group in optimizer.param_groups:
             group["lr"] = rate(done)
-        loss = task = _task_loss(network, images, labels, device)
+        loss = task = _task_loss(network, images, labels, device, teacher)
         if chip is not None:
             loss = chip.loss(task)
         optimizer.zero_grad(set_to_none=True)
@@ -95,10 +98,16 @@ def train_epoch(
     return mean
 
 
-def _task_loss(network: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> Tensor:
+def _task_loss(
+    network: nn.Module, images: Tensor, labels: Tensor, device: torch.device, teacher: Teacher | None
+) -> Tensor:
     with autocast(device):
         logits = network(images)
-    return F.cross_entropy(logits.float(), labels)
+    if teacher is None:
+        return F.cross_entropy(logits.float(), labels)
+    with torch.no_grad(), autocast(device):
+        told = teacher.network(images)
+    return teacher.loss(logits.float(), labels, told.float())
 
 
 def _facts(loss: Tensor, chip: ChipNet | None) -> dict[str, float]:

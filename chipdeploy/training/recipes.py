@@ -13,12 +13,17 @@ from chipdeploy.errors import UsageError
 class Recipe:
     """How a network is trained. SGD with Nesterov momentum but for the soft phase of `paper`.
 
+    `rate` is the dense training's peak, `prune_rate` that of the soft phase and the finetune, which start from trained
+    weights. `distill`: weight of the dense network's answers in the finetune's loss, at `temperature`.
     `joined`: one learning-rate curve over soft and finetune together, so that time in the soft phase also trains.
     """
 
     batch: int = 64
     soft_batch: int = 64
     rate: float = 0.05
+    prune_rate: float = 0.02
+    distill: float = 0.7
+    temperature: float = 4.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warmup: float = 0.05
@@ -30,12 +35,12 @@ class Recipe:
     halve_every: int = 0  # epochs between two halvings of the rate; 0 takes the cosine
     schedule: Schedule = field(default_factory=Schedule)
 
-    def rate_at(self, progress: float, epoch: int) -> float:
-        """The learning rate: linear warm-up, then half a cosine to 0; or halved every few epochs."""
+    def curve(self, progress: float, epoch: int) -> float:
+        """The learning rate as a share of its peak: linear warm-up, then half a cosine to 0; or halvings."""
         if self.halve_every:
-            return self.rate * 0.5 ** (epoch // self.halve_every)
+            return 0.5 ** (epoch // self.halve_every)
         rise = min(1.0, (progress + 1e-3) / self.warmup) if self.warmup else 1.0
-        return self.rate * rise * 0.5 * (1 + cos(pi * progress))
+        return rise * 0.5 * (1 + cos(pi * progress))
 
 
 RECIPES: dict[str, Recipe] = {
@@ -45,6 +50,8 @@ RECIPES: dict[str, Recipe] = {
         batch=128,
         soft_batch=32,
         rate=0.05,
+        prune_rate=0.05,
+        distill=0.0,
         weight_decay=1e-3,
         warmup=0.0,
         train_epochs=200,

@@ -118,9 +118,16 @@ class LatencyProfile:
         """What a predictor learns from; the dense network is among them.
 
         Raises:
-            RunError: the profile was measured for another network.
+            RunError: the profile was measured for another network, or holds widths that the network cannot have.
         """
         self.check_graph(graph)
+        for variant in (variant for one in self.rounds for variant in one.variants):
+            if len(variant.widths) != len(graph.sizes) or not np.all(
+                (widths_of(variant) >= 0) & (widths_of(variant) <= graph.sizes)
+            ):
+                raise RunError(
+                    f"the profile of {self.model} has widths that the network cannot have; delete it and measure again"
+                )
         dense = Sample(graph.sizes, 1.0, _shares(self.rounds[0].dense_layers_s, self.rounds[0]))
         return [dense, *(sample for one in self.rounds for sample in _samples(one))]
 

@@ -245,3 +245,11 @@ def test_a_round_more(profile):
     assert len(grown.rounds) == len(profile.rounds) + 1
     assert grown.spent_s == pytest.approx(14.3)
     assert len(profile.rounds) == 2
+
+
+@pytest.mark.parametrize("wrong", [lambda w: w[:-1], lambda w: (-1, *w[1:]), lambda w: (w[0] + 10**6, *w[1:])])
+def test_widths_that_the_network_cannot_have_are_refused(profile, graph, wrong):
+    first, *rest = profile.rounds[1].variants
+    forged = replace(profile.rounds[1], variants=(replace(first, widths=wrong(first.widths)), *rest))
+    with pytest.raises(RunError, match="has widths that the network cannot have"):
+        replace(profile, rounds=(profile.rounds[0], forged)).cost(graph)

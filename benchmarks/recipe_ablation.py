@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Learning rate and distillation of a prune, compared on images that nothing was trained on or chosen by.
+
+    recipe_ablation.py --out results/recipe.json
+
+The embedded images train (9,000 of Fashion-MNIST). Judged by are the 50,000 training images of the full set that are
+not among them, so the test images stay untouched. Every cell is a whole `chipdeploy prune`; a cell that the output file
+holds already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from compare import append
+from make_fashion_mini import TRAIN_PER_CLASS, first_of_each_class
+
+from chipdeploy.config import PruneConfig
+from chipdeploy.latency.environment import environment
+from chipdeploy.pipeline import Job, load, prepare, prune, train_dense
+from chipdeploy.run import Run, read_json, write_json
+from chipdeploy.training.loop import Silent, evaluate
+from chipdeploy.training.sources import read_fashion_mnist
+from chipdeploy.training.splits import MemorySplit
+from chipdeploy.training.weights import load_weights
+
+RATES, WEIGHTS = "0.05,0.02,0.01", "0,0.7"
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    job = prepare(PruneConfig(device="cpu", keep=options.keep))
+    unseen = _unseen(job, options.data_root)
+    dense = train_dense(job, options.out.parent / "dense", Silent())
+    if not options.out.is_file():
+        model = job.model()
+        load_weights(model, dense)
+        facts = {"dense_unseen": evaluate(model, unseen, job.device), "images": len(unseen)}
+        write_json(options.out, {"schema": 1, "environment": environment(), **facts, "cells": []})
+    seeds, rates, weights = (map(float, text.split(",")) for text in (options.seeds, options.rates, options.weights))
+    for seed, rate, weight in product(seeds, rates, weights):
+        cell = {"keep": options.keep, "seed": int(seed), "lr": rate, "distill": weight}
+        if any(cell.items() <= row.items() for row in read_json(options.out)["cells"]):
+            continue
+        row = cell | _pruned(job, cell, dense, unseen)
+        append(options.out, row)
+        print(row, flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--keep", type=float, default=0.3)
+    parser.add_argument("--rates", default=RATES)
+    parser.add_argument("--weights", default=WEIGHTS, help="of the teacher")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--data-root", type=Path, help="folder of the full Fashion-MNIST; Debian's is found by itself")
+    return parser.parse_args()
+
+
+def _unseen(job: Job, root: Path | None) -> MemorySplit:
+    """The training images of the full set that are not embedded."""
+    full = read_fashion_mnist(root)
+    chosen = np.ones(len(full.y_train), dtype=np.bool_)
+    chosen[first_of_each_class(full.y_train, TRAIN_PER_CLASS)] = False
+    images = torch.from_numpy(full.x_train.reshape(-1, 28, 28, 1)[chosen].copy())
+    labels = torch.from_numpy(full.y_train[chosen].astype(np.int64))
+    return MemorySplit(images, labels, job.data.mean, job.data.std)
+
+
+def _pruned(job: Job, cell: dict[str, float], dense: Path, unseen: MemorySplit) -> dict[str, float]:
+    started = time.monotonic()
+    assert isinstance(job.config, PruneConfig)
+    config = job.config.model_copy(update={key: cell[key] for key in ("seed", "lr", "distill")})
+    one = Job(config, job.data, job.recipe, job.device)
+    with tempfile.TemporaryDirectory() as work:
+        run = Run.create(Path(work), "prune", config.model_dump())
+        prune(config, one, run, dense, Silent())
+        accuracy = evaluate(load(run.path), unseen, job.device)
+    return {"unseen": accuracy, "seconds": round(time.monotonic() - started)}
+
+
+if __name__ == "__main__":
+    main()

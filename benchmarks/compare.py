@@ -179,18 +179,18 @@ def _run(method: str, job: Job, dense: Path, options: argparse.Namespace, work: 
 
 
 def finetune(job: Job, model: nn.Module, epochs: int, teacher: Teacher | None) -> None:
-    """The default recipe's own finetune, from its first step to its last; without a teacher its dense training."""
+    """The default recipe's own finetune, from its first step to its last."""
     rules = job.recipe
     optimizer = torch.optim.SGD(
         model.parameters(), lr=rules.rate, momentum=rules.momentum, weight_decay=rules.weight_decay, nesterov=True
     )
-    total, rate = epochs * job.steps, job.prune_rate if teacher else job.rate
+    total = epochs * job.steps
     for epoch in range(epochs):
         train_epoch(
             model,
             job.data.train,
             optimizer,
-            lambda step, before=epoch * job.steps: rate(before + step, total),
+            lambda step, before=epoch * job.steps: job.rate(before + step, total),
             batch=job.batch,
             seed=job.config.seed * 100_003 + epoch,
             device=job.device,

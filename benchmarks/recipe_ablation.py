@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Learning rate and distillation of a prune, compared on images that nothing was trained on or chosen by.
+"""Learning rate and distillation of a prune, for dense networks trained long and briefly.
 
     recipe_ablation.py --out results/recipe.json
 
@@ -30,37 +30,42 @@ from chipdeploy.training.sources import read_fashion_mnist
 from chipdeploy.training.splits import MemorySplit
 from chipdeploy.training.weights import load_weights
 
-RATES, WEIGHTS = "0.05,0.02,0.01", "0,0.7"
+EPOCHS, RATES, WEIGHTS = "10,40", "0.05,0.02", "0,0.7"
 
 
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    job = prepare(PruneConfig(device="cpu", keep=options.keep))
-    unseen = _unseen(job, options.data_root)
-    dense = train_dense(job, options.out.parent / "dense", Silent())
+    epochs, rates, weights, seeds = (
+        [float(value) for value in text.split(",")]
+        for text in (options.dense_epochs, options.rates, options.weights, options.seeds)
+    )
     if not options.out.is_file():
+        write_json(options.out, {"schema": 1, "environment": environment(), "cells": []})
+    for dense_epochs in map(int, epochs):
+        job = prepare(PruneConfig(device="cpu", keep=options.keep, train_epochs=dense_epochs))
+        unseen = _unseen(job, options.data_root)
+        dense = train_dense(job, options.out.parent / "dense", Silent())
         model = job.model()
         load_weights(model, dense)
-        facts = {"dense_unseen": evaluate(model, unseen, job.device), "images": len(unseen)}
-        write_json(options.out, {"schema": 1, "environment": environment(), **facts, "cells": []})
-    seeds, rates, weights = (map(float, text.split(",")) for text in (options.seeds, options.rates, options.weights))
-    for seed, rate, weight in product(seeds, rates, weights):
-        cell = {"keep": options.keep, "seed": int(seed), "lr": rate, "distill": weight}
-        if any(cell.items() <= row.items() for row in read_json(options.out)["cells"]):
-            continue
-        row = cell | _pruned(job, cell, dense, unseen)
-        append(options.out, row)
-        print(row, flush=True)
+        of_dense = {"dense_epochs": dense_epochs, "dense_unseen": evaluate(model, unseen, job.device)}
+        for seed, rate, weight in product(seeds, rates, weights):
+            cell = {**of_dense, "keep": options.keep, "seed": int(seed), "lr": rate, "distill": weight}
+            if any(cell.items() <= row.items() for row in read_json(options.out)["cells"]):
+                continue
+            row = cell | _pruned(job, cell, dense, unseen)
+            append(options.out, row)
+            print(row, flush=True)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--keep", type=float, default=0.3)
+    parser.add_argument("--dense-epochs", default=EPOCHS)
     parser.add_argument("--rates", default=RATES)
     parser.add_argument("--weights", default=WEIGHTS, help="of the teacher")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", default="0")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data-root", type=Path, help="folder of the full Fashion-MNIST; Debian's is found by itself")
     return parser.parse_args()

@@ -48,6 +48,7 @@ PRUNED, DENSE, PLAN, RESULT, DATA = (
 )
 PROFILES = Path("runs") / FOLDER
 CRISP_ENOUGH = 0.95
+LEARNT_EPOCHS = 30  # a dense network trained for fewer has less to teach than the images have
 SHARE_TOLERANCE = 0.02  # |V(z) − V0| of an epoch that may be cut
 
 
@@ -101,21 +102,20 @@ class Job:
         return model.to(self.device).to(memory_format=torch.channels_last)
 
     def rate(self, step: int, total: int) -> float:
-        """Learning rate at a step of `total` of the dense training."""
+        """Learning rate at a step of `total`."""
         return (self.config.lr or self.recipe.rate) * self.recipe.curve(step / total, step // self.steps)
-
-    def prune_rate(self, step: int, total: int) -> float:
-        """Learning rate at a step of `total` of the soft phase and the finetune."""
-        return (self.config.lr or self.recipe.prune_rate) * self.recipe.curve(step / total, step // self.steps)
 
     def soft_rate(self, step: int, total: int) -> float:
         """Learning rate of the weights at a step of the soft phase; constant for AdamW, as published."""
-        return self.recipe.soft_adam or self.prune_rate(step, total)
+        return self.recipe.soft_adam or self.rate(step, total)
 
     def teacher(self, dense: nn.Module) -> Teacher | None:
         """The trained dense network as the finetune's teacher; None where its answers count nothing."""
         assert isinstance(self.config, PruneConfig)
-        weight = self.recipe.distill if self.config.distill is None else self.config.distill
+        weight = self.config.distill
+        if weight is None:
+            learnt = self.config.weights or (self.config.train_epochs or self.recipe.train_epochs) >= LEARNT_EPOCHS
+            weight = self.recipe.distill if learnt else 0.0
         return Teacher(dense.eval(), weight, self.recipe.temperature) if weight else None
 
 
@@ -455,7 +455,7 @@ class Pruning:
         total = self.finetune_epochs * self.job.steps
         if self.job.recipe.joined:
             total += self.soft_epochs * self.job.soft_steps
-        return self.job.prune_rate(before + step, total)
+        return self.job.rate(before + step, total)
 
     def _soft_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         rules = self.job.recipe

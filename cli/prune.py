@@ -69,7 +69,11 @@ def prune(
     finetune_epochs: Annotated[int | None, typer.Option("--finetune-epochs", help="Epochs after the cut.")] = None,
     distill: Annotated[
         float | None,
-        typer.Option("--distill", help="Weight of the dense network's answers in the finetune, 0 to 1. Default: 0.7."),
+        typer.Option(
+            "--distill",
+            help="Weight of the dense network's answers in the finetune, 0 to 1. Default: 0.7 for weights that are "
+            "given or were trained for 30 epochs or more, 0 for others.",
+        ),
     ] = None,
     batch: options.Batch = None,
     lr: options.LearningRate = None,

@@ -12,6 +12,7 @@ import chipdeploy as cd
 from chipdeploy import checkpoint
 from chipdeploy.config import PruneConfig, TrainConfig
 from chipdeploy.errors import BudgetError, MissingError, ModelError, RunError, UsageError, WeightsError
+from chipdeploy.files import digest
 from chipdeploy.pipeline import check_budget, load, pick_device, prepare, prune, train_dense
 from chipdeploy.run import Run
 from chipdeploy.training.loop import Silent
@@ -334,3 +335,33 @@ def test_devices():
     for name in ("meta", "cuda:63", "toaster", ""):
         with pytest.raises(MissingError, match="no device"):
             pick_device(name)
+
+
+@pytest.mark.parametrize(
+    ("changed", "weight"),
+    [
+        ({}, None),
+        ({"train_epochs": 30}, 0.7),
+        ({"weights": "given.safetensors"}, 0.7),
+        ({"distill": 0.4}, 0.4),
+        ({"weights": "given.safetensors", "distill": 0.0}, None),
+        ({"train_epochs": 30, "recipe": "paper"}, None),
+    ],
+)
+def test_a_dense_network_teaches_what_it_has_learnt(configure, changed, weight):
+    job = prepare(configure(**changed))
+    teacher = job.teacher(job.model())
+    assert (teacher and teacher.weight) == weight
+    assert teacher is None or not teacher.network.training
+
+
+def test_a_taught_finetune_goes_on_to_the_same_weights(configure, go, folder):
+    config = configure(distill=0.5)
+    go(config, "whole")
+    with pytest.raises(KeyboardInterrupt):
+        go(config, "cut", Recorder(stop="finetune"))
+    run, _, _ = go(config, "cut")
+    assert run.finished
+    assert digest(folder / "whole" / "pruned.safetensors") == digest(folder / "cut" / "pruned.safetensors")
+    go(configure(), "untaught")
+    assert digest(folder / "whole" / "pruned.safetensors") != digest(folder / "untaught" / "pruned.safetensors")

@@ -13,15 +13,13 @@ from chipdeploy.errors import UsageError
 class Recipe:
     """How a network is trained. SGD with Nesterov momentum but for the soft phase of `paper`.
 
-    `rate` is the dense training's peak, `prune_rate` that of the soft phase and the finetune, which start from trained
-    weights. `distill`: weight of the dense network's answers in the finetune's loss, at `temperature`.
+    `distill`: weight of the dense network's answers in the finetune's loss, at `temperature`.
     `joined`: one learning-rate curve over soft and finetune together, so that time in the soft phase also trains.
     """
 
     batch: int = 64
     soft_batch: int = 64
     rate: float = 0.05
-    prune_rate: float = 0.02
     distill: float = 0.7
     temperature: float = 4.0
     momentum: float = 0.9
@@ -50,7 +48,6 @@ RECIPES: dict[str, Recipe] = {
         batch=128,
         soft_batch=32,
         rate=0.05,
-        prune_rate=0.05,
         distill=0.0,
         weight_decay=1e-3,
         warmup=0.0,

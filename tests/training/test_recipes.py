@@ -18,7 +18,7 @@ def test_default_rate_warms_up_and_falls_as_a_cosine():
 def test_paper_rate_halves_every_thirty_epochs():
     rules = recipe("paper")
     assert [rules.curve(0.0, epoch) for epoch in (0, 29, 30, 60)] == [1, 1, 0.5, 0.25]
-    assert rules.rate == rules.prune_rate == 0.05 and rules.distill == 0
+    assert rules.rate == 0.05 and rules.distill == 0
     assert rules.soft_adam == 1e-3
     assert not rules.joined
 

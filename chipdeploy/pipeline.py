@@ -523,7 +523,8 @@ def prune(
     assert pruning.best is not None
     validation = {"soft": pruning.best["val_soft"], "cut": pruning.best["val_cut"], "epoch": pruning.best["epoch"]}
     result = summarise(config, graph, plan, accuracy, meeting, pruning.best.get("met"))
-    result |= {"validation": validation, "inputs": job.inputs}
+    teacher = job.teacher(pruning.dense)
+    result |= {"validation": validation, "inputs": job.inputs, "distill": teacher.weight if teacher else 0.0}
     if "memory" in pruning.best:
         result["memory"] = pruning.best["memory"]
     if "met" in pruning.best:

@@ -360,8 +360,8 @@ def test_a_taught_finetune_goes_on_to_the_same_weights(configure, go, folder):
     go(config, "whole")
     with pytest.raises(KeyboardInterrupt):
         go(config, "cut", Recorder(stop="finetune"))
-    run, _, _ = go(config, "cut")
-    assert run.finished
+    run, result, _ = go(config, "cut")
+    assert run.finished and result["distill"] == 0.5
     assert digest(folder / "whole" / "pruned.safetensors") == digest(folder / "cut" / "pruned.safetensors")
     go(configure(), "untaught")
     assert digest(folder / "whole" / "pruned.safetensors") != digest(folder / "untaught" / "pruned.safetensors")

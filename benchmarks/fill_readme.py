@@ -75,7 +75,7 @@ def tour() -> str:
 def results() -> list[str]:
     """A section a results file."""
     return [
-        section(path) for path in sorted(RESULTS.glob("*.json")) if "cells" in json.loads(path.read_text())
+        section(path) for path in sorted(RESULTS.glob("*.json")) if "dense_test" in json.loads(path.read_text())
     ] + costs()
 
 

@@ -88,11 +88,12 @@ def start(options: argparse.Namespace) -> tuple[PruneConfig, Job, Path]:
 
 def missing(options: argparse.Namespace, goal: dict[str, float]) -> Iterator[dict[str, Any]]:
     """The cells of one goal that the results file does not hold; it is looked at before each."""
-    other = {key: getattr(options, key) for key in ("lr", "distill") if getattr(options, key) is not None}
+    recipe_of = {"lr": options.lr, "distill": options.distill}
     for seed in map(int, options.seeds.split(",")):
         for method in options.methods.split(","):
-            cell = {"method": method, **goal, **other, "seed": seed}
-            if not any(cell.items() <= row.items() for row in json.loads(options.out.read_text())["cells"]):
+            cell = {"method": method, **goal, "seed": seed, **recipe_of}
+            rows = json.loads(options.out.read_text())["cells"]
+            if not any(all(row.get(key) == value for key, value in cell.items()) for row in rows):
                 yield cell
 
 

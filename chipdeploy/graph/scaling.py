@@ -1,6 +1,6 @@
 """Many tensors, each scaled by its part of one vector, as a single node of autograd.
 
-Gates scale every layer's weight in every step of the soft phase; one node for all of them costs half of one for each.
+Gates scale every layer's weight in every step of the soft phase, and one node for all of them costs less than one each.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from chipdeploy.latency.environment import environment
-from chipdeploy.pipeline import load
+from chipdeploy.result import load
 from chipdeploy.run import read_json, write_json
 from chipdeploy.training.models import build_model
 from chipdeploy.training.splits import Normaliser

@@ -29,18 +29,21 @@ from torch import nn
 from chipdeploy.chipnet.costs import CostModel
 from chipdeploy.chipnet.project import Projector
 from chipdeploy.config import PruneConfig
+from chipdeploy.dense import train_dense
 from chipdeploy.engines.base import open_engine
 from chipdeploy.export.onnx import export_onnx
 from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.plan import PrunePlan, group_widths
 from chipdeploy.graph.surgery import hard_prune
 from chipdeploy.graph.trace import trace
+from chipdeploy.job import Job, prepare
 from chipdeploy.latency.environment import environment
 from chipdeploy.latency.measure import compare
-from chipdeploy.pipeline import Job, load, prepare, prune, train_dense
+from chipdeploy.pipeline import prune
+from chipdeploy.result import load
 from chipdeploy.run import Run, write_json
 from chipdeploy.training.distill import Teacher
-from chipdeploy.training.loop import Silent, evaluate, renew_norms, train_epoch
+from chipdeploy.training.loop import Silent, evaluate, renew_norms
 from chipdeploy.training.recipes import recipe
 from chipdeploy.training.weights import load_weights
 
@@ -181,23 +184,10 @@ def _run(method: str, job: Job, dense: Path, options: argparse.Namespace, work: 
 
 def finetune(job: Job, model: nn.Module, epochs: int, teacher: Teacher | None) -> None:
     """The default recipe's own finetune, from its first step to its last."""
-    rules = job.recipe
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=rules.rate, momentum=rules.momentum, weight_decay=rules.weight_decay, nesterov=True
-    )
-    total = epochs * job.steps
+    optimizer, total = job.optimizer(model), epochs * job.steps
     for epoch in range(epochs):
-        train_epoch(
-            model,
-            job.data.train,
-            optimizer,
-            lambda step, before=epoch * job.steps: job.rate(before + step, total),
-            batch=job.batch,
-            seed=job.config.seed * 100_003 + epoch,
-            device=job.device,
-            watcher=Silent(),
-            teacher=teacher,
-        )
+        rate = lambda step, before=epoch * job.steps: job.rate(before + step, total)  # noqa: E731
+        job.epoch(model, optimizer, epoch, rate, Silent(), teacher=teacher)
 
 
 def _chipnet(job: Job, dense: Path, *, align: int, work: Path) -> tuple[nn.Module, dict[str, Any]]:

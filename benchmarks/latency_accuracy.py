@@ -33,13 +33,15 @@ from chipdeploy.engines.base import open_engine
 from chipdeploy.export.onnx import export_onnx
 from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.trace import trace
+from chipdeploy.job import Job
 from chipdeploy.latency.environment import environment
 from chipdeploy.latency.meet import BLOCKS, CONFIRM_S, FIRST_S
 from chipdeploy.latency.profiling import measure_profile
 from chipdeploy.latency.rig import Rig
 from chipdeploy.latency.store import file_name
 from chipdeploy.meeting import arrange, setting_of
-from chipdeploy.pipeline import Job, load, prune
+from chipdeploy.pipeline import prune
+from chipdeploy.result import load
 from chipdeploy.run import Run
 from chipdeploy.training.loop import Silent, evaluate, renew_norms
 

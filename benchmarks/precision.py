@@ -21,9 +21,9 @@ import numpy as np
 from chipdeploy.config import PruneConfig
 from chipdeploy.deploy import ExportOptions, export_run, onnx_name
 from chipdeploy.engines.base import Engine, open_engine
+from chipdeploy.job import Job, prepare
 from chipdeploy.latency.environment import environment
 from chipdeploy.latency.measure import compare
-from chipdeploy.pipeline import Job, prepare
 from chipdeploy.run import Run, write_json
 
 PRECISIONS = ("fp32", "fp16", "int8")

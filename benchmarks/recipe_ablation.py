@@ -22,8 +22,11 @@ from compare import append
 from make_fashion_mini import TRAIN_PER_CLASS, first_of_each_class
 
 from chipdeploy.config import PruneConfig
+from chipdeploy.dense import train_dense
+from chipdeploy.job import Job, prepare
 from chipdeploy.latency.environment import environment
-from chipdeploy.pipeline import Job, load, prepare, prune, train_dense
+from chipdeploy.pipeline import prune
+from chipdeploy.result import load
 from chipdeploy.run import Run, read_json, write_json
 from chipdeploy.training.loop import Silent, evaluate
 from chipdeploy.training.sources import read_fashion_mnist

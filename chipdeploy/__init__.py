@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from chipdeploy.graph.surgery import hard_prune
     from chipdeploy.graph.trace import trace
     from chipdeploy.latency.profile import LatencyProfile
-    from chipdeploy.pipeline import load
+    from chipdeploy.result import load
 
 _HOMES = {
     "Budget": "chipdeploy.chipnet.soft",
@@ -23,7 +23,7 @@ _HOMES = {
     "PrunePlan": "chipdeploy.graph.plan",
     "export_onnx": "chipdeploy.export.onnx",
     "hard_prune": "chipdeploy.graph.surgery",
-    "load": "chipdeploy.pipeline",
+    "load": "chipdeploy.result",
     "trace": "chipdeploy.graph.trace",
 }
 

@@ -17,7 +17,7 @@ from chipdeploy.errors import InputError, RunError, UsageError
 from chipdeploy.export.onnx import check_digest
 from chipdeploy.latency.gpu import GpuWatch
 from chipdeploy.latency.measure import Comparison, compare
-from chipdeploy.pipeline import DATA, load
+from chipdeploy.result import DATA, load
 from chipdeploy.run import Run, read_json
 
 if TYPE_CHECKING:

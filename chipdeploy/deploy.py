@@ -29,8 +29,9 @@ from chipdeploy.export.precision import PRECISIONS, PrecisionOptions, check_opti
 from chipdeploy.export.sensitivity import sensitivity
 from chipdeploy.export.verify import TOLERANCES, verify_engine
 from chipdeploy.files import digest
-from chipdeploy.pipeline import DATA, PLAN, RESULT, load, prepare
+from chipdeploy.job import prepare
 from chipdeploy.report.page import write_report
+from chipdeploy.result import DATA, PLAN, RESULT, load
 from chipdeploy.run import CONFIG, Run, make_folder, read_json
 from chipdeploy.training.data import ImageData, load_data
 

@@ -160,9 +160,12 @@ def prune_run(flags: dict[str, Any], config: Path | None, run: Path | None, runs
         raise UsageError("no budget: give one of --flops, --params, --channels, --volume, --latency, e.g. --flops 0.3")
     checked = build(PruneConfig, values)
 
+    from chipdeploy.dense import train_dense
+    from chipdeploy.job import prepare
     from chipdeploy.latency.store import FOLDER
-    from chipdeploy.pipeline import RESULT, check_budget, prepare, train_dense
+    from chipdeploy.pipeline import check_budget
     from chipdeploy.pipeline import prune as prune_network
+    from chipdeploy.result import RESULT
     from chipdeploy.run import Run
 
     from .progress import rounds, watching

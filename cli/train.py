@@ -27,7 +27,8 @@ def train(
 ) -> None:
     """Train a dense network and keep it: 'prune' with the same settings starts from it."""
     from chipdeploy.config import TrainConfig, build, settings
-    from chipdeploy.pipeline import prepare, train_dense
+    from chipdeploy.dense import train_dense
+    from chipdeploy.job import prepare
     from chipdeploy.run import read_json
 
     from .progress import watching

@@ -12,6 +12,7 @@ import torch
 
 from chipdeploy.bench import bench_run
 from chipdeploy.config import PruneConfig
+from chipdeploy.dense import train_dense
 from chipdeploy.deploy import ExportOptions, Notes, bundle_run, export_run, onnx_name, report_run
 from chipdeploy.engines.build import BuildOptions
 from chipdeploy.engines.trt import EngineManifest
@@ -26,8 +27,10 @@ from chipdeploy.errors import (
 )
 from chipdeploy.export.verify import TOLERANCES
 from chipdeploy.files import digest
+from chipdeploy.job import prepare
 from chipdeploy.latency.measure import Comparison, headline
-from chipdeploy.pipeline import check_budget, load, prepare, prune, train_dense
+from chipdeploy.pipeline import check_budget, prune
+from chipdeploy.result import load
 from chipdeploy.run import Run
 from chipdeploy.training.loop import Silent
 

@@ -38,7 +38,8 @@ def users(part):
     return [path for path, name in FILES.items() if f"{name}.".startswith(f"chipdeploy.{part}.")]
 
 
-LATER = ("chipnet", "latency", "engines", "export", "training", "report", "cli", "pipeline", "deploy", "run")
+JOBS = ("job", "dense", "pruning", "result", "pipeline", "deploy", "bench")
+LATER = ("chipnet", "latency", "engines", "export", "training", "report", "cli", "run", *JOBS)
 
 
 @pytest.mark.parametrize(
@@ -46,9 +47,10 @@ LATER = ("chipnet", "latency", "engines", "export", "training", "report", "cli",
     [
         ("errors", ("graph", *LATER)),
         ("graph", LATER),
-        ("chipnet", ("latency", "engines", "export", "training", "report", "cli", "pipeline", "deploy")),
-        ("engines", ("graph", "chipnet", "latency", "export", "training", "report", "cli")),
-        ("report", ("graph", "chipnet", "engines", "export", "training", "cli")),
+        ("chipnet", ("latency", "engines", "export", "training", "report", "cli", *JOBS)),
+        ("engines", ("graph", "chipnet", "latency", "export", "training", "report", "cli", *JOBS)),
+        ("training", ("latency", "engines", "export", "report", "cli", *JOBS)),
+        ("report", ("graph", "chipnet", "engines", "export", "training", "cli", *JOBS)),
     ],
 )
 def test_imports_go_one_way(part, forbidden):

@@ -11,9 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import chipdeploy as cd
 from chipdeploy import checkpoint
 from chipdeploy.config import PruneConfig, TrainConfig
+from chipdeploy.dense import train_dense
 from chipdeploy.errors import BudgetError, MissingError, ModelError, RunError, UsageError, WeightsError
 from chipdeploy.files import digest
-from chipdeploy.pipeline import check_budget, load, pick_device, prepare, prune, train_dense
+from chipdeploy.job import pick_device, prepare
+from chipdeploy.pipeline import check_budget, prune
+from chipdeploy.result import load
 from chipdeploy.run import Run
 from chipdeploy.training.loop import Silent
 from chipdeploy.training.weights import load_weights

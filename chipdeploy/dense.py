@@ -1,0 +1,62 @@
+"""The dense training: once for a set of settings, found again afterwards, and resumed where it was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from chipdeploy import checkpoint
+from chipdeploy.config import TrainConfig
+from chipdeploy.files import digest
+from chipdeploy.job import Job
+from chipdeploy.run import make_folder, read_json, write_json
+from chipdeploy.training.loop import Watcher, evaluate
+from chipdeploy.training.weights import save_weights
+
+
+def train_dense(job: Job, folder: Path, watcher: Watcher) -> Path:
+    """Train the dense network, or find the one trained before with the same settings below `folder`; returns its file.
+
+    The file holds the weights; a JSON file beside it the settings and the accuracies.
+    """
+    settings = job.config.model_dump(include=set(TrainConfig.model_fields))
+    settings |= {f"{name}_digest": value for name, value in job.inputs.items()}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    path = folder / f"{Path(job.config.model).stem.replace(':', '-')}-{key}.safetensors"
+    facts = path.with_suffix(".json")
+    if path.is_file() and facts.is_file() and read_json(facts)["sha256"] == digest(path):
+        return path
+    make_folder(folder)
+    model = job.model()
+    epochs = job.config.train_epochs or job.recipe.train_epochs
+    optimizer = job.optimizer(model)
+    rows: list[dict[str, Any]] = []
+    saved = path.with_suffix(".partial")
+    if saved.is_file():
+        tensors, state = checkpoint.load(saved)
+        checkpoint.unpack("model", tensors, model)
+        checkpoint.unpack("optimizer", tensors, optimizer)
+        rows = state["rows"]
+    watcher.phase("dense", epochs - len(rows), job.steps)
+    for epoch in range(len(rows), epochs):
+        before = epoch * job.steps
+        rate = partial(_dense_rate, job, before, epochs * job.steps)
+        loss = job.epoch(model, optimizer, epoch, rate, watcher)
+        rows.append(
+            {"phase": "dense", "epoch": epoch + 1, "loss": loss, "val": evaluate(model, job.data.val, job.device)}
+        )
+        watcher.epoch(rows[-1])
+        checkpoint.save(
+            saved, checkpoint.pack("model", model) | checkpoint.pack("optimizer", optimizer), {"rows": rows}
+        )
+    save_weights(model, path)
+    write_json(facts, {"settings": settings, "metrics": rows, "sha256": digest(path)})
+    saved.unlink(missing_ok=True)
+    return path
+
+
+def _dense_rate(job: Job, before: int, total: int, step: int) -> float:
+    return job.rate(before + step, total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from chipdeploy.chipnet.soft import Budget
 from chipdeploy.config import PruneConfig
 from chipdeploy.errors import ModelError
 from chipdeploy.graph.channels import ChannelGraph
+from chipdeploy.graph.loud import randomize
 from chipdeploy.graph.proof import evaluating
 from chipdeploy.graph.trace import trace
 from chipdeploy.job import Job
@@ -78,7 +80,8 @@ def _check_size(config: PruneConfig, model: nn.Module, graph: ChannelGraph) -> s
     projector = Projector(
         graph, CostModel.of(graph, "params"), step(config), min_width=config.min_width, blocks=config.blocks
     )
-    sizing = Sizing.of(config, model, projector)
+    # A file holds equal tensors once, and those of a fresh network are equal: trained ones take more.
+    sizing = Sizing.of(config, randomize(copy.deepcopy(model)), projector)
     if sizing is None:
         return ""
     with sizing:

@@ -14,12 +14,13 @@ from chipdeploy.config import PruneConfig, TrainConfig
 from chipdeploy.dense import train_dense
 from chipdeploy.errors import BudgetError, MissingError, ModelError, RunError, UsageError, WeightsError
 from chipdeploy.files import digest
+from chipdeploy.graph.loud import randomize
 from chipdeploy.job import pick_device, prepare
 from chipdeploy.pipeline import check_budget, prune
 from chipdeploy.result import load
 from chipdeploy.run import Run
 from chipdeploy.training.loop import Silent
-from chipdeploy.training.weights import load_weights
+from chipdeploy.training.weights import load_weights, save_weights
 
 NET = """
 import torch
@@ -309,6 +310,15 @@ def test_a_budget_is_checked_before_anything_is_trained(configure):
     wrong = configure(kind="flop")
     with pytest.raises(UsageError, match="unknown budget 'flop'"):
         check_budget(wrong, prepare(wrong))
+
+
+def test_the_size_before_the_training_is_the_size_after_it(configure, folder):
+    # The file of a fresh network is smaller: its equal biases are stored once.
+    config = configure(model="resnet20", max_size_mb=1)
+    path = folder / "trained.safetensors"
+    save_weights(randomize(prepare(config).model()), path)
+    trained = configure(model="resnet20", max_size_mb=1, weights=str(path))
+    assert check_budget(config, prepare(config))[0] == check_budget(trained, prepare(trained))[0]
 
 
 @pytest.mark.parametrize("head", ["(x, x)", "x[:, :2]"])

@@ -52,6 +52,8 @@ class Projector:
             raise UsageError(f"the alignment must be 1 or more, got {align}; 1 gives free widths")
         if min_width < 1:
             raise UsageError(f"the least width must be 1 or more, got {min_width}")
+        if blocks and not graph.branches:
+            raise UsageError("only blocks were to go, and no branch of this network can; prune widths instead")
         self._align, self._min_width, self._blocks = align, min_width, blocks
         self._low = _least(graph, graph.sizes.max() * min_width if blocks else min_width)
         self.graph, self.cost = graph, cost

@@ -91,6 +91,8 @@ class ChipNet(nn.Module):
         cost: Callable[[ChannelGraph], Cost] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(budget, Budget):
+            raise UsageError(f'a budget is made by Budget("flops", 0.3), got {budget!r}')
         if budget.kind == LATENCY and cost is None:
             raise UsageError("a latency budget needs a measured profile; give cost=LatencyProfile.load(path).cost")
         if steps < 1:

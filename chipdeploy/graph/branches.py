@@ -189,7 +189,7 @@ def _ancestors(roots: Iterable[Node], *, without: set[Node]) -> set[Node]:
 
 
 def _is_input(tracing: Tracing, node: Node) -> bool:
-    return node.op == "placeholder" and node.name not in tracing.tensors
+    return node.op == "placeholder" and node.name in tracing.inputs
 
 
 def _describe(tracing: Tracing, makers: _Makers, end: Node, dead: frozenset[Node]) -> BranchUse | None:

@@ -26,6 +26,18 @@ class LivingWeight:
         """Modules look at the type of their weight."""
         return self.weight.dtype
 
+    @property
+    def shape(self) -> torch.Size:
+        """And at its shape."""
+        return self.weight.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def numel(self) -> int:
+        return self.weight.numel()
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

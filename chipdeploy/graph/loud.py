@@ -14,7 +14,7 @@ def randomize(model: nn.Module, gain: float = GAIN, seed: int = 0) -> nn.Module:
     """Weights of which nothing is zero, small or alike, in place; returns the model.
 
     Weights of layers get a standard deviation of gain / √fan_in. Biases, norms' affines, layer scales and gains are
-    0.3 ± 0.5, statistics of norms random, tables of positions and tokens ± 0.5.
+    0.3 ± 0.5, so are buffers of zeros, statistics of norms random, tables of positions and tokens ± 0.5.
     """
     draw = torch.Generator().manual_seed(seed)
     seen: set[int] = set()
@@ -27,8 +27,10 @@ def randomize(model: nn.Module, gain: float = GAIN, seed: int = 0) -> nn.Module:
             for name, buffer in module.named_buffers(recurse=False):
                 if name == "running_mean":
                     buffer.copy_(_normal(buffer, draw) * 0.3)
-                if name == "running_var":
+                elif name == "running_var":
                     buffer.copy_(torch.rand(buffer.shape, generator=draw) + 0.5)
+                elif buffer.is_floating_point() and not buffer.any():  # a factor that grows in training
+                    buffer.copy_(_normal(buffer, draw) * 0.5 + 0.3)
     return model
 
 

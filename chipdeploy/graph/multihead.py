@@ -75,3 +75,7 @@ def follow_cut(model: nn.Module) -> None:
                 module.__class__ = HeadwiseAttention
                 module.num_heads, module.embed_dim = heads, stream
                 module.kdim, module.vdim = stream, stream
+    for module in model.modules():
+        # Its fast path takes the width of a head from that of the stream; this flag leads around it.
+        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.self_attn, HeadwiseAttention):
+            module.activation_relu_or_gelu = 0

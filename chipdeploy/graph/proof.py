@@ -14,15 +14,21 @@ from torch.utils import _pytree as pytree
 
 from chipdeploy.errors import InputError, ModelError
 from chipdeploy.graph.channels import ChannelGraph, Mask
-from chipdeploy.graph.gating import Gating, gated_call
+from chipdeploy.graph.copying import copied
+from chipdeploy.graph.gating import Gating, gated_call, swapped
 from chipdeploy.graph.loud import randomize
 from chipdeploy.graph.plan import PrunePlan
 from chipdeploy.graph.surgery import hard_prune
 
 Inputs = tuple[Tensor, ...]
-# Of the largest output. Right cuts are off by 1e-6 in float32; more is computed once again in float64.
+# Of the largest output. What is off by more is computed once again in float64: rounding goes, a fault stays.
+EXACT = {torch.float64: 1e-8, torch.float32: 2e-6}
+# Where the network does not run in float64.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
 COARSE = 1e-2  # for any other type
+# Gates of every group in trials of equal widths: code may ask whether two shapes are one, or for an even number.
+EQUAL = (8, 2)
+MOST_EQUAL = 6
 # What networks raise on tensors that they were not made for.
 ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError)
 
@@ -33,6 +39,7 @@ class Failure:
 
     text: str
     path: str | None  # the module whose forward could not follow; None where the outputs differ
+    mask: Mask | None = None  # the cut, where one of eval mode failed
     dead: bool = False  # branches were gone
     vanished: bool = False  # so were groups outside branches
     training: bool = False  # only in train mode
@@ -57,7 +64,9 @@ class Trials:
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.inputs = inputs
-        self._networks = (model,) if inputs[0].is_meta else (randomize(copy.deepcopy(model)).eval(), model)
+        self._networks = (model,) if inputs[0].is_meta else (randomize(copied(model)).eval(), model)
+        if not inputs[0].is_meta:
+            _check_own(self._networks[0], model, inputs)
         more = _one_more(inputs)
         with torch.no_grad(), evaluating(model):
             self.larger = more if _runs(self._networks[0], more) else inputs
@@ -69,8 +78,29 @@ class Trials:
             try:
                 self._compare(graph, gating, trial.mask, self.larger if number else self.inputs)
             except Stopped as found:
-                return Failure(found.text, found.path, trial.dead, trial.vanished)
+                return Failure(found.text, found.path, trial.mask, trial.dead, trial.vanished)
         return self._in_training(graph)
+
+    def culprit(self, graph: ChannelGraph, mask: Mask) -> int | None:
+        """A group whose cut, on top of others, makes a failing plan fail; None where the whole network fails."""
+        gating = Gating(graph, self.inputs[0].device)
+
+        def holds(count: int) -> bool:
+            part = np.where(graph.group_of < count, mask, True)
+            try:
+                self._compare(graph, gating, part, self.inputs)
+                self._compare(graph, gating, part, self.larger)
+            except Stopped:
+                return False
+            return True
+
+        low, high = 0, len(graph.groups)
+        if not holds(low) or holds(high):
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if holds(middle) else (low, middle)
+        return low
 
     def _compare(self, graph: ChannelGraph, gating: Gating, mask: Mask, inputs: Inputs) -> None:
         """Raises Stopped where the cut network does not run or differs."""
@@ -95,7 +125,7 @@ class Trials:
             if found is None or not _runs(copy.deepcopy(self._networks[0]).train(), self.larger):
                 return None
             dead = self._trained(graph, random_mask(graph, 1, 0.0)) is None
-        return Failure(f"in train mode {found.text}", found.path, dead, training=True)
+        return Failure(f"in train mode {found.text}", found.path, dead=dead, training=True)
 
     def _trained(self, graph: ChannelGraph, mask: Mask) -> Stopped | None:
         """What stops a cut network in train mode."""
@@ -125,10 +155,11 @@ class Trial:
 
 def _trials(graph: ChannelGraph) -> Iterator[Trial]:
     """One channel in every group is the hardest for code that divides; the emptiest plan is what small budgets take."""
-    single = np.zeros(graph.channels, dtype=np.bool_)
-    single[graph.offsets[:-1]] = True
+    single = _equal_mask(graph, 1)
     yield Trial(single)
     yield Trial(random_mask(graph, 0, 0.0))
+    for width in _equal_widths(graph):
+        yield Trial(_equal_mask(graph, width))
     dead, empty = single.copy(), single.copy()
     for number, group in enumerate(graph.groups):
         dead[graph.span(number)] &= group.branch is None
@@ -138,6 +169,19 @@ def _trials(graph: ChannelGraph) -> Iterator[Trial]:
         yield Trial(random_mask(graph, 1, 0.4), dead=True)
     if not np.array_equal(dead, empty):
         yield Trial(empty, dead=bool(graph.branches), vanished=True)
+
+
+def _equal_widths(graph: ChannelGraph) -> list[int]:
+    """Widths that all groups may have at once: some of their own, and those of the image and of what is pinned."""
+    fixed = {graph.input_shape[1] if len(graph.input_shape) > 1 else 1, *(group.size for group in graph.pinned)}
+    widest = int(graph.sizes.max())
+    return [width for width in (*EQUAL, *sorted(fixed - {*EQUAL})) if 1 < width < widest][:MOST_EQUAL]
+
+
+def _equal_mask(graph: ChannelGraph, width: int) -> Mask:
+    """The first gates of every group, as many in each, or all that it has."""
+    place = np.arange(graph.channels) - np.repeat(graph.offsets[:-1], graph.sizes)
+    return np.asarray(place < width, dtype=np.bool_)
 
 
 def _gap(network: nn.Module, graph: ChannelGraph, gating: Gating, mask: Mask, inputs: Inputs) -> float | None:
@@ -160,17 +204,19 @@ def _gap(network: nn.Module, graph: ChannelGraph, gating: Gating, mask: Mask, in
     if not _finite(expected):
         return None
     gap = difference(expected, got)
-    if gap <= TOLERANCES.get(gates.dtype, COARSE):
+    if gap <= EXACT.get(gates.dtype, 0.0):
         return 0.0
     precise = None if gates.dtype == torch.float64 else _in_double(network, graph, gating, mask, inputs)
-    return gap if precise is None else precise
+    if precise is not None:
+        return precise
+    return 0.0 if gap <= TOLERANCES.get(gates.dtype, COARSE) else gap
 
 
 def _in_double(network: nn.Module, graph: ChannelGraph, gating: Gating, mask: Mask, inputs: Inputs) -> float | None:
     """The same in float64, where rounding cannot be taken for a fault; None for a network that does not run there."""
     doubled = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     try:
-        return _gap(copy.deepcopy(network).double(), graph, gating, mask, doubled)
+        return _gap(copied(network).double(), graph, gating, mask, doubled)
     except Stopped:
         return None
 
@@ -196,6 +242,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _check_own(copy_of: nn.Module, model: nn.Module, inputs: Inputs) -> None:
+    """Raises ModelError where a copy of the model computes with the model's own weights: a cut copy would, too."""
+    with torch.no_grad(), evaluating(model):
+        own: list[Tensor] = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+        lost = {tensor: tensor.new_full((), torch.nan).expand_as(tensor) for tensor in own}
+        try:
+            before = copy_of(*_copies(inputs))
+            with swapped(model, lost):
+                after = copy_of(*_copies(inputs))
+        except ERRORS:
+            return  # it does not run: the trials say why
+    if _finite(before) and not _finite(after):
+        raise ModelError(
+            "a copy of the model still computes with the model's own weights: its forward, or a part of it, is a "
+            "lambda or closure that holds the original; make it a method that takes layers from self"
+        )
 
 
 def _run(model: nn.Module, inputs: Inputs) -> object:
@@ -239,7 +303,7 @@ def _copies(inputs: Inputs) -> Inputs:
 def _one_more(inputs: Inputs) -> Inputs:
     """The batch with its first sample once again at the end."""
     count = inputs[0].shape[:1]
-    return tuple(torch.cat([x, x[:1]]) if x.shape[:1] == count else x for x in inputs)
+    return tuple(torch.cat([x, x[:1]]) if x.dim() and x.shape[:1] == count else x for x in inputs)
 
 
 def _finite(outputs: object) -> bool:
@@ -274,6 +338,10 @@ def difference(expected: object, got: object) -> float:
             continue
         if one.shape != other.shape:
             return float("inf")
-        if one.is_floating_point() and one.numel() and not one.is_meta:
+        if not one.numel() or one.is_meta:
+            continue
+        if one.is_floating_point() or one.is_complex():
             errors.append(float((one - other).abs().max() / one.abs().max().clamp_min(1e-12)))
+        else:  # classes, masks: the share that differs
+            errors.append(float((one != other).double().mean()))
     return max(errors) if np.isfinite(errors).all() else float("inf")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from chipdeploy.errors import InputError
 from chipdeploy.graph.channels import KEPT, ChannelGraph, Mask
+from chipdeploy.graph.copying import copied
 from chipdeploy.graph.labels import Ints
 from chipdeploy.graph.multihead import follow_cut
 from chipdeploy.graph.plan import PrunePlan, dead_branches, group_widths
@@ -22,11 +22,13 @@ def hard_prune(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> nn.Mod
         InputError: the plan does not fit the graph, or would cut the network in two.
     """
     mask = plan.mask(graph)
-    small = copy.deepcopy(model)
+    small = copied(model)
     _slice_tensors(small, graph, mask)
     for count in graph.counts:
         module = small.get_submodule(count.module)
         width = int(_alive(count.index, mask).sum())
+        if isinstance(getattr(type(module), count.attribute, None), property):
+            continue  # it is computed from what was cut
         stated = getattr(module, count.attribute)
         setattr(module, count.attribute, (width,) if isinstance(stated, tuple) else width)
     follow_cut(small)
@@ -48,6 +50,8 @@ def _slice_tensors(model: nn.Module, graph: ChannelGraph, mask: Mask) -> None:
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     smaller: dict[str, Tensor] = {}
     for slot in graph.slots:
+        if slot.tensor not in tensors or tensors[slot.tensor].shape[slot.dim : slot.dim + 1] != (len(slot.index),):
+            raise InputError(f"the graph is of another model: {slot.tensor} is not what was traced; trace this one")
         alive = _alive(slot.index, mask)
         if not alive.all():
             keep = torch.from_numpy(np.flatnonzero(alive))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from chipdeploy.errors import ModelError
+from chipdeploy.errors import ModelError, UsageError
 from chipdeploy.graph.branches import BranchUse, find_branches
 from chipdeploy.graph.channels import (
     KEPT,
@@ -37,7 +37,7 @@ from chipdeploy.quiet import quiet
 Example = Tensor | tuple[Tensor, ...]
 # What a rule meets when an op is called in a way that it was not written for: denied, like an op without a rule.
 UNREADABLE = (AttributeError, TypeError, ValueError, IndexError, KeyError, AssertionError)
-MOST_TRIALS = 24  # repairs after which a model that cannot follow its cuts is refused
+MOST_REPAIRS = 48  # after which a model that cannot follow its cuts is refused
 
 
 def trace(model: nn.Module, example: Example, *, exclude: Sequence[str] = ()) -> ChannelGraph:
@@ -54,7 +54,9 @@ def trace(model: nn.Module, example: Example, *, exclude: Sequence[str] = ()) ->
             its gated self.
         UsageError: a pattern that matches no layer.
     """
-    inputs = example if isinstance(example, tuple) else (example,)
+    if hasattr(model, "_orig_mod"):
+        raise UsageError("the model is compiled; give the module itself, and compile what is cut from it")
+    inputs, exclude = _inputs(example), (exclude,) if isinstance(exclude, str) else exclude
     program = export_program(model, inputs)
     trials = Trials(model, inputs)
     found = _search(model, trials, program, exclude)
@@ -64,6 +66,18 @@ def trace(model: nn.Module, example: Example, *, exclude: Sequence[str] = ()) ->
     if isinstance(found, Failure):
         raise ModelError(found.text)
     return found
+
+
+def _inputs(example: Example) -> tuple[Tensor, ...]:
+    """Raises UsageError where the example is something else than tensors, or none of them is a batch."""
+    inputs = example if isinstance(example, tuple) else (example,)
+    wrong = [type(each).__name__ for each in inputs if not isinstance(each, Tensor)]
+    if wrong or not inputs:
+        got = f"a {wrong[0]}" if wrong else "none"
+        raise UsageError(f"the example is a tensor, or a tuple of the model's input tensors; got {got}")
+    if all(each.dim() == 0 for each in inputs):
+        raise UsageError("the example is a batch of images [N, C, H, W]; got a single number")
+    return inputs
 
 
 def _search(
@@ -84,29 +98,46 @@ def _search(
     output = next(node for node in program.graph.nodes if node.op == "output")
     banned: dict[str, type | None] = {}
     whole, failure = False, Failure("", None)
-    for _ in range(MOST_TRIALS):
+    for _ in range(MOST_REPAIRS):
         branches = find_branches(tracing, output, banned)
         graph = _Numbering(tracing, branches, whole=whole).graph(model, tuple(trials.inputs[0].shape))
         if not graph.groups:
-            raise ModelError(f"nothing to prune: every channel is pinned; {_most_frequent(graph)}")
+            raise ModelError(f"nothing to prune: every channel is pinned; {_most_frequent(graph, tracing)}")
         found = trials.failure(graph)
         if found is None:
             return graph
         failure = found
         if failure.vanished:
             whole = True  # outside branches every group keeps a channel
-        elif (failure.training and trained is None) or not repair(tracing, failure, graph, banned):
+            continue
+        if failure.training and trained is None:
+            break
+        if not (repair(tracing, failure, graph, banned) or _pin_culprit(tracing, failure, graph, trials)):
             break
     return failure
 
 
-def _most_frequent(graph: ChannelGraph) -> str:
-    """The reason that holds most channels."""
+def _pin_culprit(tracing: Tracing, failure: Failure, graph: ChannelGraph, trials: Trials) -> bool:
+    """Pin a group without whose cut the others of a failed plan can be followed; False where there is none."""
+    group = None if failure.mask is None else trials.culprit(graph, failure.mask)
+    if group is None:
+        return False
+    span = graph.span(group)
+    for slot in graph.slots:
+        own = (slot.index >= span.start) & (slot.index < span.stop)
+        if own.any():
+            tracing.labels.pin(tracing.dims[slot.tensor, slot.dim][0][own], f"cut on trial, {failure.text}")
+    return True
+
+
+def _most_frequent(graph: ChannelGraph, tracing: Tracing) -> str:
+    """The reason that holds most channels; of a network without layers, what was met that may hide them."""
     held: dict[str, int] = {}
     for group in graph.pinned:
         held[group.reason] = held.get(group.reason, 0) + group.size
     if not held:
-        return "it has no layer with channels"
+        hidden = [text for node, text in tracing.reasons.items() if node.op == "call_function"]
+        return hidden[0] if hidden else "it has no layer with channels"
     reason = max(held, key=lambda text: held[text])
     return f"{held[reason]} of {sum(held.values())}: {reason}"
 
@@ -144,7 +175,8 @@ def _handed_back(model: nn.Module) -> Iterator[None]:
 def _walk(model: nn.Module, program: ExportedProgram, inputs: tuple[Tensor, ...]) -> Tracing:
     """All that the rules say of the program's ops."""
     names = _tensor_names(model, program)
-    tracing = Tracing(model, Labels(), names, batch=max(1, int(inputs[0].shape[0])))
+    images = frozenset(map(str, program.graph_signature.user_inputs))
+    tracing = Tracing(model, Labels(), names, max(1, max(each.shape[0] for each in inputs if each.dim())), images)
     _apply_rules(tracing, program)
     return tracing
 
@@ -176,7 +208,8 @@ def _apply_rules(tracing: Tracing, program: ExportedProgram) -> None:
     for node in program.graph.nodes:
         if node.op == "placeholder":
             if node.name not in tracing.tensors:
-                tracing.flows[node], tracing.reasons[node] = None, "the network's input"
+                kind = "the network's input" if node.name in tracing.inputs else "a constant of the forward"
+                tracing.flows[node], tracing.reasons[node] = None, kind
         elif node.op == "output":
             for value in node.all_input_nodes:
                 _pin_inputs(tracing, value, "feeds the model's output", untouchable)
@@ -199,21 +232,27 @@ def _first_names(model: nn.Module) -> dict[str, str]:
 def _apply(tracing: Tracing, node: Node, untouchable: set[str]) -> Flow:
     """Default deny: without a rule, or when the rule refuses, all channels that go in are pinned."""
     apply = RULES.get(op_name(node))
+    several = isinstance(node.meta.get("val"), tuple | list)
     try:
         if apply is None:
             raise Denied("no rule for it")
         try:
-            return apply(tracing, node)
+            flow = apply(tracing, node)
         except UNREADABLE as error:
             raise Denied(f"arguments that its rule cannot read ({type(error).__name__})") from error
+        if several and not isinstance(flow, list):
+            raise Denied("its rule knows one result, and here it has several")
+        return flow
     except Denied as refusal:
         path = tracing.owner(node)[0] or "the model"
         reason = f"{op_name(node)} in {path}: {refusal}"
         for value in tensor_arguments(node):
             _pin_inputs(tracing, value, reason, untouchable)
         tracing.reasons[node] = reason
-        count_fixed(tracing, node, reason)
-        several = isinstance(node.meta.get("val"), tuple | list)
+        try:
+            count_fixed(tracing, node, reason)
+        except Denied as unknown:
+            raise ModelError(f"{reason}; its cost cannot be counted: {unknown}") from unknown
         return [None] * len(node.meta["val"]) if several else None
 
 

@@ -116,11 +116,6 @@ DENIED = {
         "holds numbers of channels that cannot follow a cut",
     ),
     "scaled by the number of channels": (lambda net, x: x / x.shape[1], {}, "count of its 8 channels"),
-    "clamped by a tensor": (
-        lambda net, x: torch.clamp(x, min=net.inner.weight.view(1, 8, 1, 1)),
-        {"inner": nn.BatchNorm2d(8)},
-        "its limits are tensors",
-    ),
 }
 
 
@@ -138,6 +133,27 @@ FOLLOWED = {
         lambda net, x: net.inner(x),
         {"inner": nn.Conv2d(8, 8, 1, groups=2)},
         {"stem": 4, "inner": 4, "head": 4},
+    ),
+    "limits of a channel each": (
+        lambda net, x: torch.clamp(x, min=net.inner.weight.view(1, -1, 1, 1)),
+        {"inner": nn.BatchNorm2d(8)},
+        {"stem": 8, "head": 4},
+    ),
+    "the larger of two": (
+        lambda net, x: torch.max(x, net.inner(x)),
+        {"inner": nn.Conv2d(8, 8, 1)},
+        {"stem": 8, "head": 4},
+    ),
+    "a half gates the other": (
+        lambda net, x: F.glu(net.inner(x), dim=1),
+        {"inner": nn.Conv2d(8, 16, 1)},
+        {"stem": 8, "inner": 8, "head": 4},
+    ),
+    "powers": (lambda net, x: 2**x + x**2, {}, {"stem": 8, "head": 4}),
+    "largest of all places": (
+        lambda net, x: x * torch.sigmoid(F.adaptive_max_pool2d(x, 1)),
+        {},
+        {"stem": 8, "head": 4},
     ),
     "attention by a convolution": (
         lambda net, x: x * torch.sigmoid(net.inner(x)),

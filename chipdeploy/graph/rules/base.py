@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import FunctionType
 from typing import TypeAlias, cast
 
 import numpy as np
@@ -18,6 +20,7 @@ from chipdeploy.graph.labels import Ints, Labels
 Flow: TypeAlias = "Ints | list[Ints | None] | None"
 Rule: TypeAlias = "Callable[[Tracing, Node], Flow]"
 RULES: dict[str, Rule] = {}
+AGAIN = re.compile(r"@\d+(?=\.|$)")
 
 
 class Denied(Exception):
@@ -36,7 +39,7 @@ def rule(*ops: str) -> Callable[[Rule], Rule]:
 
 def op_name(node: Node) -> str:
     """`aten.relu_.default` becomes `relu`."""
-    name = str(node.target)
+    name = getattr(node.target, "__name__", "") if isinstance(node.target, FunctionType) else str(node.target)
     if name.startswith("<built-in"):
         return name.split()[-1].rstrip(">")
     parts = name.split(".")
@@ -44,8 +47,15 @@ def op_name(node: Node) -> str:
 
 
 def shape(node: Node) -> tuple[int, ...]:
-    """The traced shape of a node's tensor."""
-    return tuple(int(size) for size in node.meta["val"].shape)
+    """The traced shape of a node's tensor.
+
+    Raises:
+        Denied: it depends on the values of the images.
+    """
+    sizes = node.meta["val"].shape
+    if any(not isinstance(size, int) for size in sizes):
+        raise Denied(f"the shape of {node.name} depends on what the images show")
+    return tuple(sizes)
 
 
 def argument(node: Node, index: int, name: str, default: object = None) -> object:
@@ -93,6 +103,7 @@ class Tracing:
     labels: Labels
     tensors: dict[str, str]  # placeholder name ▶ parameter or buffer name
     batch: int = 1
+    inputs: frozenset[str] = frozenset()  # placeholders of the images; others may be constants of the forward
     flows: dict[Node, Flow] = field(default_factory=dict)
     reasons: dict[Node, str] = field(default_factory=dict)  # of nodes in which nothing is ever cut
     dims: dict[tuple[str, int], tuple[Ints, bool]] = field(default_factory=dict)  # (tensor, dim) ▶ labels, gated
@@ -159,6 +170,10 @@ class Tracing:
         return self.is_tensor(node) and self.tensor_name(node) in self._parameters
 
     @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return dict(self.model.named_modules(remove_duplicate=False))
+
+    @cached_property
     def _parameters(self) -> frozenset[str]:
         return frozenset(name for name, _ in self.model.named_parameters())
 
@@ -197,8 +212,8 @@ class Tracing:
         stack = node.meta.get("nn_module_stack") or {}
         path = list(stack.values())[-1][0] if stack else ""
         # A module called a second time is traced under the name `path@1`.
-        path = path.split("@")[0]
-        self._owners[node] = path, self.model.get_submodule(path)
+        path = path if path in self._modules else AGAIN.sub("", path)
+        self._owners[node] = path, self._modules[path]
         return self._owners[node]
 
     def positions(self, node: Node, channels: int) -> int:

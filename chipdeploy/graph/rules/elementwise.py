@@ -7,7 +7,7 @@ from math import isclose, prod, sqrt
 from torch.fx import Node
 
 from chipdeploy.graph.labels import Ints
-from chipdeploy.graph.rules.base import ZERO_KEEPERS, Denied, Tracing, op_name, rule, shape, tensor_arguments
+from chipdeploy.graph.rules.base import ZERO_KEEPERS, Flow, Tracing, op_name, rule, shape, tensor_arguments
 
 UNARY = (
     *sorted(ZERO_KEEPERS),
@@ -22,6 +22,7 @@ UNARY = (
     "clamp_max",
     "alpha_dropout",
     "exp",
+    "exp2",
     "expm1",
     "log",
     "log1p",
@@ -35,7 +36,6 @@ UNARY = (
     "floor",
     "ceil",
     "_to_copy",
-    "pow",
     "threshold",
     "hardshrink",
     "softshrink",
@@ -43,6 +43,8 @@ UNARY = (
     "zero",
     "zeros_like",
     "ones_like",
+    "full_like",
+    "empty_like",
     "logical_not",
     "lift_fresh_copy",
 )
@@ -61,15 +63,34 @@ JOINING = (
     "atan2",
     "fmod",
     "remainder",
+    "pow",
+    "addcmul",
+    "addcdiv",
 )
-COMPARING = ("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or")
+COMPARING = (
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "logical_and",
+    "logical_or",
+    "logical_xor",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_xor",
+    "__and",
+    "__or",
+    "__xor",
+)
 
 
 @rule(*UNARY)
-def unary(tracing: Tracing, node: Node) -> Ints | None:
-    """Labels pass; limits that are tensors must be single numbers."""
+def unary(tracing: Tracing, node: Node) -> Flow:
+    """Labels pass; limits of several numbers join them."""
     if any(prod(shape(limit)) > 1 for limit in tensor_arguments(node) if limit is not node.args[0]):
-        raise Denied("its limits are tensors of several numbers")
+        return join(tracing, node)
     return tracing.flow(node.args[0])
 
 
@@ -97,7 +118,7 @@ def prelu(tracing: Tracing, node: Node) -> Ints | None:
 @rule(*JOINING, *COMPARING)
 def join(tracing: Tracing, node: Node) -> Ints | None:
     """Operands of one shape become one, element by element; a scalar passes the labels of the other side."""
-    operands = [arg for arg in node.args if isinstance(arg, Node)]
+    operands = [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, Node)]
     rank = len(shape(node))
     result: Ints | None = None
     joined: tuple[int, ...] = ()

@@ -75,7 +75,9 @@ def _operands(node: Node) -> tuple[Node, Node, int]:
 
 def _refusal(tracing: Tracing, node: Node, groups: int) -> str | None:
     """Why a convolution must stay as it is."""
-    weight = node.args[1]
+    images, weight, _ = _operands(node)
+    if len(shape(images)) != len(shape(weight)):
+        return "its input has no batch dimension"
     _, module = tracing.owner(node)
     if not tracing.is_tensor(weight):
         return "its weight is computed in the forward pass; only a parameter can be cut"

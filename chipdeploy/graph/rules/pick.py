@@ -84,6 +84,21 @@ def split(tracing: Tracing, node: Node) -> list[Ints | None]:
     return [np.moveaxis(piece, 0, dim) for piece in pieces]
 
 
+@rule("glu")
+def gated_half(tracing: Tracing, node: Node) -> Ints | None:
+    """The first half times the sigmoid of the second: the same channels of both are one."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    dim = cast(int, argument(node, 1, "dim", -1)) % len(shape(source))
+    flow = tracing.flow(source)
+    if flow is None or flow.shape[dim] == 1:
+        return flow
+    if flow.size > flow.shape[dim]:
+        raise Denied("halves channels that lie along several dimensions")
+    halves = tracing.labels.merge(flow.reshape(2, -1), 0)
+    return np.reshape(halves[0], [-1 if axis == dim else 1 for axis in range(flow.ndim)])
+
+
 @rule("getitem")
 def getitem(tracing: Tracing, node: Node) -> Ints | None:
     """One of an op's results."""

@@ -9,12 +9,14 @@ import numpy as np
 from torch.fx import Node
 
 from chipdeploy.graph.labels import Ints
-from chipdeploy.graph.rules.base import Denied, Tracing, argument, numbers, rule, shape
+from chipdeploy.graph.rules.base import Denied, Flow, Tracing, argument, numbers, rule, shape
+from chipdeploy.graph.rules.elementwise import join
 
 POOLS = tuple(
-    f"{kind}{dims}d"
+    f"{kind}{dims}d{places}"
     for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool")
     for dims in (1, 2, 3)
+    for places in ("", "_with_indices")
 )
 RESIZES = (
     *(
@@ -30,12 +32,14 @@ OVER_DIMS = ("mean", "sum", "amax", "amin", "prod", "var", "std", "logsumexp", "
 
 
 @rule(*POOLS, *RESIZES)
-def pool(tracing: Tracing, node: Node) -> Ints | None:
-    """Spatial windows only: labels pass."""
+def pool(tracing: Tracing, node: Node) -> Flow:
+    """Spatial windows only: labels pass, to the places of the largest values, too, where they are asked for."""
     source = node.args[0]
     assert isinstance(source, Node)
     spatial = range(2 if len(shape(source)) > 2 else 1, len(shape(source)))
-    return tracing.mixed(source, spatial, "pools")
+    flow = tracing.mixed(source, spatial, "pools")
+    results = node.meta["val"]
+    return [flow] * len(results) if isinstance(results, tuple | list) else flow
 
 
 @rule(*OVER_DIMS, "linalg_vector_norm", "norm")
@@ -88,7 +92,9 @@ def constant(tracing: Tracing, node: Node) -> Ints | None:
 
 @rule("max", "min", "sort", "topk", "median")
 def with_places(tracing: Tracing, node: Node) -> list[Ints | None] | Ints | None:
-    """Values and places along one dimension, which must not be that of the channels."""
+    """Values and places along one dimension, which must not be that of the channels; or the larger of two tensors."""
+    if len(node.args) > 1 and isinstance(node.args[1], Node):
+        return join(tracing, node)
     source = node.args[0]
     assert isinstance(source, Node)
     rank = len(shape(source))

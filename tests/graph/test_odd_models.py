@@ -1,0 +1,352 @@
+"""Networks whose Python asks for shapes, holds on to its original, or hides what it computes: cut right, or refused."""
+
+import threading
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import chipdeploy as cd
+from chipdeploy.errors import InputError, ModelError, UsageError
+from chipdeploy.graph.gating import Gating, gated_call
+from chipdeploy.graph.loud import randomize
+from chipdeploy.graph.plan import PrunePlan
+from chipdeploy.graph.proof import difference
+from chipdeploy.graph.surgery import hard_prune
+from chipdeploy.graph.trace import trace
+
+EXAMPLE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def conv(inputs, outputs):
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs))
+
+
+class Base(nn.Module):
+    def __init__(self, **parts):
+        super().__init__()
+        self.a, self.b, self.h = conv(3, 16), conv(16, 16), nn.Linear(16, 5)
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def features(self, x):
+        return F.relu(self.b(F.relu(self.a(x))))
+
+    def forward(self, x):
+        return self.h(self.features(x).mean((2, 3)))
+
+
+def worst(model, graph, random_mask, example=EXAMPLE):
+    """The largest difference of gated and cut network, over plans at random and of equal widths, in float64."""
+    model, images = randomize(model.eval()).double(), example.double()
+    masks = [random_mask(graph, seed) for seed in range(12)]
+    for width in (1, 2, 3, 5, 8, 12, 16, 24):
+        mask = masks[0].copy()
+        for group in range(len(graph.groups)):
+            span = graph.span(group)
+            mask[span] = range(span.stop - span.start) < torch.tensor(width).numpy()
+        masks.append(mask)
+    gaps = []
+    with torch.no_grad():
+        for mask in masks:
+            gates = torch.from_numpy(mask).double()
+            cut = hard_prune(model, graph, PrunePlan.from_mask(graph, mask)).eval()
+            gaps.append(difference(gated_call(model, Gating(graph), gates, images), cut(images)))
+    return max(gaps)
+
+
+class Inverted(nn.Module):
+    """Adds its input where the shapes agree: a cut may make them agree, or part them."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        hidden = 2 * inputs
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, hidden, 1, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU6(),
+            nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU6(),
+            nn.Conv2d(hidden, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+
+    def forward(self, x):
+        out = self.body(x)
+        return out + x if out.shape == x.shape else out
+
+
+class Inverteds(nn.Module):
+    def __init__(self, widths):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU6())
+        self.blocks = nn.Sequential(*map(Inverted, widths, widths[1:]))
+        self.fc = nn.Linear(widths[-1], 10)
+
+    def forward(self, x):
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("widths", [(16, 24, 20), (16, 12, 32), (16, 20, 20, 20), (8, 24, 24, 16)])
+def test_a_skip_where_shapes_agree(widths, random_mask):
+    model = Inverteds(widths)
+    graph = trace(model, EXAMPLE)
+    assert worst(model, graph, random_mask) < 1e-9
+    assert any("cut on trial" in pinned.reason for pinned in graph.pinned)
+    assert {f"blocks.{number}.body.0" for number in range(len(widths) - 1)} <= {group.name for group in graph.groups}
+
+
+class Projected(Base):
+    def forward(self, x):
+        y = F.relu(self.a(x))
+        z = self.b(y)
+        if z.shape[1] != y.shape[1]:
+            y = self.project(y)
+        return self.h(F.relu(z + y).mean((2, 3)))
+
+
+class Images(Base):
+    """Turns what has three channels around, as a helper does that other images go through, too."""
+
+    def forward(self, x):
+        y = F.relu(self.a(x))
+        return self.h(F.relu(self.b(y[:, [2, 1, 0]] * 2 if y.shape[1] == 3 else y)).mean((2, 3)))
+
+
+class Squeezed(Base):
+    def forward(self, x):
+        return self.h(F.adaptive_avg_pool2d(self.features(x), 1).squeeze())
+
+
+class MaxPooled(Base):
+    def forward(self, x):
+        return self.h(F.adaptive_max_pool2d(self.features(x), 1).flatten(1))
+
+
+class NonLocal(Base):
+    """Attention that is scaled by a count of channels, which moves the output a little."""
+
+    def __init__(self):
+        super().__init__(q=nn.Conv2d(16, 4, 1), k=nn.Conv2d(16, 4, 1), v=nn.Conv2d(16, 6, 1), o=nn.Conv2d(6, 16, 1))
+
+    def forward(self, x):
+        y = F.relu(self.a(x))
+        n, c, h, w = y.shape
+        weights = torch.softmax(self.q(y).flatten(2).mT @ self.k(y).flatten(2) / c**0.5, -1)
+        y = y + self.o((self.v(y).flatten(2) @ weights.mT).reshape(n, -1, h, w))
+        return self.h(F.relu(self.b(y)).mean((2, 3)))
+
+
+class Fading(Base):
+    """A branch behind a factor that is zero at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("alpha", torch.tensor(0.0))
+
+    def forward(self, x):
+        y = F.relu(self.a(x))
+        y = self.b(y) + self.alpha * y.mean((2, 3), keepdim=True) * y.shape[1] ** 0.3
+        return self.h(F.relu(y).mean((2, 3)))
+
+
+class Transformer(nn.Module):
+    def __init__(self, heads):
+        super().__init__()
+        self.p, self.h = nn.Conv2d(3, 24, 4, 4), nn.Linear(24, 5)
+        self.b = nn.TransformerEncoderLayer(24, heads, 48, batch_first=True)
+
+    def forward(self, x):
+        return self.h(self.b(self.p(x).flatten(2).mT).mean(1))
+
+
+class ReadOnly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 3, 3, 3))
+
+    @property
+    def out_channels(self):
+        return self.weight.shape[0]
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight)
+
+
+class Named(Base):
+    """A name that looks like the tracer's own for a second call."""
+
+    def __init__(self):
+        super().__init__(d=nn.ModuleDict({"p@2": nn.Conv2d(16, 16, 1)}))
+
+    def forward(self, x):
+        return self.h(F.relu(self.d["p@2"](self.features(x))).mean((2, 3)))
+
+
+class Fp32Norm(nn.LayerNorm):
+    def forward(self, x):
+        assert self.weight.shape == x.shape[-1:] and self.weight.device == x.device and self.weight.numel()
+        return super().forward(x)
+
+
+class Normed(Base):
+    def __init__(self):
+        super().__init__(n=Fp32Norm(16))
+
+    def forward(self, x):
+        return self.h(self.n(self.features(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+FOLLOWED = {
+    "a projection where widths differ": lambda: Projected(project=nn.Conv2d(16, 16, 1)),
+    "other ways for three channels": Images,
+    "squeezed": Squeezed,
+    "largest values": MaxPooled,
+    "scaled by the width": NonLocal,
+    "transformer, three heads": lambda: Transformer(3),
+    "transformer, six heads": lambda: Transformer(6),
+    "read-only width": lambda: Base(a=ReadOnly()),
+    "a name with @": Named,
+    "a norm that looks at its weight": Normed,
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_it_is_cut_right_or_keeps_its_channels(name, random_mask):
+    torch.manual_seed(0)
+    model = FOLLOWED[name]()
+    graph = trace(model, EXAMPLE)
+    assert worst(model, graph, random_mask) < 1e-9
+
+
+def test_heads_go_from_a_transformer():
+    graph = trace(Transformer(6), EXAMPLE)
+    assert {group.name: group.size for group in graph.groups}["b.self_attn.in_proj_weight"] == 6
+
+
+class Closure(Base):
+    def __init__(self):
+        super().__init__()
+        self.run = lambda x: self.h(self.features(x).mean((2, 3)))
+
+    def forward(self, x):
+        return self.run(x)
+
+
+def patched():
+    model = Base()
+    model.forward = lambda x: model.h(model.features(x).amax((2, 3)))
+    return model
+
+
+def locked():
+    return Base(lock=threading.Lock())
+
+
+def weight_normed():
+    model = Base()
+    with pytest.warns(FutureWarning):
+        torch.nn.utils.weight_norm(model.a[0])
+    return model
+
+
+class Classes(NonLocal):
+    """Only what is largest comes out, so a small difference is none, and a wrong class is all."""
+
+    def forward(self, x):
+        return super().forward(x).argmax(1)
+
+
+class Routed(Base):
+    def forward(self, x):
+        y = self.features(x).mean((2, 3))
+        return self.h(y) + self.h(y[y.mean(1) > 0]).sum(0)
+
+
+class NoGrad(Base):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+REFUSED = {
+    "closure": (Closure, EXAMPLE, "lambda or closure"),
+    "patched forward": (patched, EXAMPLE, "lambda or closure"),
+    "lock": (locked, EXAMPLE, "cannot be copied"),
+    "weight norm": (weight_normed, EXAMPLE, "cannot be copied"),
+    "fading in": (Fading, EXAMPLE, "differs from the gated one"),
+    "routed": (Routed, EXAMPLE, "depends on what the images show"),
+    "hidden layers": (NoGrad, EXAMPLE, "wrap_with_set_grad_enabled"),
+    "no batch": (Base, EXAMPLE[0], "no batch dimension|cannot be traced"),
+    "list": (Base, [EXAMPLE], "got a list"),
+    "nothing": (Base, (EXAMPLE, None), "got a NoneType"),
+    "number": (Base, torch.tensor(0.5), "got a single number"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_in_one_line(name):
+    make, example, message = REFUSED[name]
+    with pytest.raises((ModelError, UsageError), match=message) as caught:
+        trace(make(), example)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_compiled_model_is_refused():
+    with pytest.raises(UsageError, match="the model is compiled"):
+        trace(torch.compile(Base()), EXAMPLE)
+
+
+def test_classes_are_compared():
+    one, other = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 0])
+    assert difference(one, other) == 0.25
+    assert difference(one.bool(), one.bool()) == 0.0
+    assert difference(torch.tensor([2 + 2j]), torch.tensor([2 + 1j])) == pytest.approx(1 / 8**0.5)
+
+
+def test_a_constant_of_the_forward_is_no_image(random_mask):
+    """What may go must leave a way from the image to the output, not from a constant that looks like an input."""
+
+    class Constant(Base):
+        def __init__(self):
+            super().__init__()
+            self.const = torch.randn(1, 16, 1, 1)
+
+        def forward(self, x):
+            return self.h((self.const + self.b(F.relu(self.a(x)))).mean((2, 3)))
+
+    model = Constant()
+    graph = trace(model, EXAMPLE)
+    assert not graph.branches
+
+
+def test_a_graph_of_another_model_is_refused():
+    graph = trace(Base(), EXAMPLE)
+    plan = PrunePlan({group.name: (0,) for group in graph.groups})
+    with pytest.raises(InputError, match="the graph is of another model"):
+        hard_prune(nn.Linear(3, 4), graph, plan)
+    with pytest.raises(InputError, match="the graph is of another model"):
+        hard_prune(Base(b=conv(12, 16)), graph, plan)
+
+
+def test_what_is_no_budget_is_said():
+    with pytest.raises(UsageError, match="a budget is made by Budget"):
+        cd.ChipNet(Base(), EXAMPLE, 0.3)
+    with pytest.raises(UsageError, match="no branch of this network can"):
+        cd.ChipNet(Base(), EXAMPLE, cd.Budget("flops", 0.5), blocks=True)
+
+
+def test_one_pattern_may_stand_alone():
+    graph = trace(Base(), EXAMPLE, exclude="a.*")
+    assert [group.name for group in graph.groups] == ["b.0"]
+
+
+def test_the_model_is_handed_back_as_it_was():
+    model = Base()
+    model.forward = types.MethodType(Base.forward, model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trace(Base(), EXAMPLE)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -179,16 +179,23 @@ class CostModel:
 
     @cached_property
     def _inside(self) -> NDArray[np.float32]:
-        """1 where a group is inside a branch, [G + 1, B + 1]; the constant 1 keeps the terms of no branch alive."""
-        inside = np.zeros((len(self.sizes) + 1, len(self.branch_groups) + 1), dtype=np.float32)
-        for number, groups in enumerate(self.branch_groups):
-            inside[list(groups), number] = 1
-        inside[-1, -1] = 1
-        return inside
+        return inside_branches(len(self.sizes), self.branch_groups)
 
     def soft(self, device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]:
         """V in [0, 1] of soft widths [G] and soft presence of the branches [B]."""
         return SoftCost(self, device)
+
+
+def inside_branches(groups: int, branch_groups: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    """1 where a group is inside a branch, [G + 1, B + 1]; the constant 1 behind the groups is in no branch alone.
+
+    (widths with a 1 behind them > 0) @ this > 0 tells which branches live.
+    """
+    inside = np.zeros((groups + 1, len(branch_groups) + 1), dtype=np.float32)
+    for number, members in enumerate(branch_groups):
+        inside[list(members), number] = 1
+    inside[-1, -1] = 1
+    return inside
 
 
 class SoftCost:

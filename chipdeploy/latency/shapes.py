@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from chipdeploy.chipnet.costs import CONSTANT, Floats, spans
+from chipdeploy.chipnet.costs import CONSTANT, Floats, inside_branches, spans
 from chipdeploy.graph.channels import ChannelGraph, Layer
 from chipdeploy.graph.labels import Ints
 
@@ -63,11 +63,12 @@ class LayerShapes:
         extended = np.concatenate([widths, np.ones((len(widths), 1))], axis=1)
         into, out = extended @ self.into[:, chosen], extended @ self.out[:, chosen]
         alive = (out > 0) & ((into > 0) | self.depthwise[chosen])
-        present = np.ones((len(widths), len(self.branch_groups) + 1), dtype=np.bool_)
-        for number in np.unique(self.branch[chosen]).tolist():
-            if number < len(self.branch_groups):
-                present[:, number] = (widths[:, list(self.branch_groups[number])] > 0).any(axis=1)
-        return into, out, alive & present[:, self.branch[chosen]]
+        present = (extended > 0).astype(np.float32) @ self._inside[:, self.branch[chosen]] > 0
+        return into, out, alive & present
+
+    @cached_property
+    def _inside(self) -> NDArray[np.float32]:
+        return inside_branches(len(self.full) - 1, self.branch_groups)
 
     @cached_property
     def touched(self) -> NDArray[np.bool_]:

@@ -21,7 +21,7 @@ class Schedule:
     kappa: tuple[float, float] = (10.0, 60.0)
     crispness_weight: float = 0.1
     budget_weight: float = 30.0
-    logit_travel: float = 10.0  # how far Adam may move ψ in the whole phase, whatever the number of steps
+    logit_travel: float = 1.0  # how far Adam may move ψ in the whole phase, whatever the number of steps
     logit_decay: float = 0.0
     projected: bool = True
     listen: float = 0.1  # share of the phase in which all gates stay open and their importance is measured

@@ -11,7 +11,7 @@ from typing import Any
 
 from zoo_nets import SOURCES
 
-from chipdeploy.run import write_text
+from chipdeploy.run import read_json, write_text
 
 Row = dict[str, Any]
 PAGE = Path(__file__).parents[1] / "docs" / "zoo.md"
@@ -77,6 +77,7 @@ def write_table(store: Row) -> None:
         "## What is not cut, and why",
         _refusals(rows),
         _pins(rows),
+        *_others(),
         *(_table(source, [row for row in rows if row["source"] == source]) for source in SOURCES),
         _environment(store["environment"]),
     ]
@@ -167,6 +168,50 @@ def _kind(reason: str) -> str:
     """A reason without the names of modules and tensors."""
     reason = re.sub(r" in [\w.*]+(?=:)", "", reason)
     return re.sub(r"[\w*]+(\.[\w*]+)+", "…", reason)
+
+
+def _others() -> Iterator[str]:
+    """What other scripts found of the same invariant, where their results are there."""
+    results = Path(__file__).with_name("results")
+    if (path := results / "random-graphs.json").is_file():
+        yield _random_graphs(read_json(path))
+    if (path := results / "zoo-soft.json").is_file():
+        yield _soft(read_json(path))
+
+
+def _random_graphs(found: Row) -> str:
+    kinds = (found["ruled"], found["any"])
+    graphs, accepted, refused, wrong, crashed = (
+        sum(kind[key] for kind in kinds) for key in ("graphs", "accepted", "refused", "wrong", "crashed")
+    )
+    worst = max(kind["worst_error"] for kind in kinds)
+    return (
+        "## Random networks\n\n"
+        f"Of {graphs:,} small networks, drawn at random from the ops that the rules know and from others "
+        f"(`benchmarks/random_graphs.py`), {accepted:,} were accepted, {refused:,} refused, {wrong} were wrong and "
+        f"{crashed} crashed. The worst error of those accepted is {worst:.1e}."
+    )
+
+
+def _soft(found: Row) -> str:
+    heads = ("model", "px", "MACs kept", "params kept", "ops, dense ▶ cut", "ONNX", "s")
+    lines = [
+        [
+            row["model"],
+            str(row["image"]),
+            _percent(row["macs_kept"]),
+            _percent(row["params_kept"]),
+            f"{row['ops_dense']} ▶ {row['ops_cut']}",
+            f"{row['onnx_error']:.0e}",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in found["models"]
+    ]
+    return (
+        f"## {found['steps']} steps of soft pruning to half of the MACs\n\n"
+        "By `benchmarks/zoo_soft.py`: traced, pruned softly on random images, cut, exported, compared in ONNX Runtime."
+        "\n\n" + _grid(heads, lines)
+    )
 
 
 def _table(source: str, rows: list[Row]) -> str:

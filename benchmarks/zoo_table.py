@@ -209,7 +209,7 @@ def _soft(found: Row) -> str:
     ]
     return (
         f"## {found['steps']} steps of soft pruning to half of the MACs\n\n"
-        "By `benchmarks/zoo_soft.py`: traced, pruned softly on random images, cut, exported, compared in ONNX Runtime."
+        "By `benchmarks/zoo_soft.py`: traced, pruned softly on real images, cut, exported, compared in ONNX Runtime."
         "\n\n" + _grid(heads, lines)
     )
 

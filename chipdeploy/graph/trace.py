@@ -80,6 +80,11 @@ def _inputs(example: Example) -> tuple[Tensor, ...]:
     return inputs
 
 
+def _batch_shape(inputs: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """Of the first input that is no single number."""
+    return tuple(next(each.shape for each in inputs if each.dim()))
+
+
 def _search(
     model: nn.Module,
     trials: Trials,
@@ -100,7 +105,7 @@ def _search(
     whole, failure = False, Failure("", None)
     for _ in range(MOST_REPAIRS):
         branches = find_branches(tracing, output, banned)
-        graph = _Numbering(tracing, branches, whole=whole).graph(model, tuple(trials.inputs[0].shape))
+        graph = _Numbering(tracing, branches, whole=whole).graph(model, _batch_shape(trials.inputs))
         if not graph.groups:
             raise ModelError(f"nothing to prune: every channel is pinned; {_most_frequent(graph, tracing)}")
         found = trials.failure(graph)
@@ -176,7 +181,7 @@ def _walk(model: nn.Module, program: ExportedProgram, inputs: tuple[Tensor, ...]
     """All that the rules say of the program's ops."""
     names = _tensor_names(model, program)
     images = frozenset(map(str, program.graph_signature.user_inputs))
-    tracing = Tracing(model, Labels(), names, max(1, max(each.shape[0] for each in inputs if each.dim())), images)
+    tracing = Tracing(model, Labels(), names, max(1, _batch_shape(inputs)[0]), images)
     _apply_rules(tracing, program)
     return tracing
 

@@ -200,7 +200,16 @@ class Normed(Base):
         return self.h(self.n(self.features(x).permute(0, 2, 3, 1)).mean((1, 2)))
 
 
+class Masked(Base):
+    """A sum over those images that the values choose: its shape is not known before."""
+
+    def forward(self, x):
+        y = self.features(x).mean((2, 3))
+        return self.h(y) + y[y.mean(1) > 0].sum()
+
+
 FOLLOWED = {
+    "masked by values": Masked,
     "a projection where widths differ": lambda: Projected(project=nn.Conv2d(16, 16, 1)),
     "other ways for three channels": Images,
     "squeezed": Squeezed,
@@ -220,6 +229,16 @@ def test_it_is_cut_right_or_keeps_its_channels(name, random_mask):
     model = FOLLOWED[name]()
     graph = trace(model, EXAMPLE)
     assert worst(model, graph, random_mask) < 1e-9
+
+
+def test_a_number_may_come_before_the_images():
+    class Timed(Base):
+        def forward(self, time, x):
+            return super().forward(x + time)
+
+    graph = trace(Timed(), (torch.tensor(0.5), EXAMPLE))
+    assert graph.input_shape == (2, 3, 16, 16)
+    assert graph.layers[0].positions == 16 * 16
 
 
 def test_heads_go_from_a_transformer():

@@ -11,6 +11,8 @@ from chipdeploy.graph.rules.base import LayerUse, Tracing, argument, op_name, sh
 from chipdeploy.graph.rules.linear import NONE
 
 WEIGHTED = frozenset({"linear", *(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))})
+PRODUCTS, ADDED = ("matmul", "mm", "bmm"), ("addmm", "baddbmm")
+COSTLY = {*WEIGHTED, *PRODUCTS, *ADDED, "einsum", "scaled_dot_product_attention"}
 
 
 def count_fixed(tracing: Tracing, node: Node, reason: str) -> None:
@@ -31,21 +33,21 @@ def count_fixed(tracing: Tracing, node: Node, reason: str) -> None:
 def _macs(node: Node) -> float | None:
     """Multiplications of the traced op, as torch.utils.flop_counter counts them (2 FLOPs are one)."""
     name = op_name(node)
+    if name not in COSTLY:
+        return None
     inputs = [arg for arg in node.args if isinstance(arg, Node)]
     elements = float(np.prod(shape(node))) if hasattr(node.meta.get("val"), "shape") else 0.0
     if name in WEIGHTED:
         each = float(np.prod(shape(inputs[1])[1:]))
         return each * float(np.prod(shape(inputs[0]))) if "transpose" in name else each * elements
-    if name in ("matmul", "mm", "bmm"):
+    if name in PRODUCTS:
         return elements * shape(inputs[0])[-1]
-    if name in ("addmm", "baddbmm"):
+    if name in ADDED:
         return elements * shape(inputs[1])[-1]
     if name == "einsum":
         return _einsum(node)
-    if name == "scaled_dot_product_attention":
-        q, k, v = (shape(part) for part in inputs[:3])
-        return elements * k[-2] * (1 + q[-1] / v[-1])
-    return None
+    q, k, v = (shape(part) for part in inputs[:3])  # scaled_dot_product_attention
+    return elements * k[-2] * (1 + q[-1] / v[-1])
 
 
 def _einsum(node: Node) -> float | None:

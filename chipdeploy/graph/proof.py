@@ -114,7 +114,8 @@ class Trials:
         if gap > 0:
             raise Stopped(
                 f"the cut network differs from the gated one by {gap:.1e} of its largest output; the forward holds "
-                "numbers of channels, or is random, and chipdeploy cannot follow: take numbers from tensors' shapes"
+                "or compares numbers of channels, or is random, and chipdeploy cannot follow: take numbers from "
+                "tensors' shapes, and choose the way in __init__"
             )
 
     def _in_training(self, graph: ChannelGraph) -> Failure | None:

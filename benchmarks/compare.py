@@ -6,7 +6,11 @@
 Methods: chipnet (aligned widths and whole branches), chipnet-free (--align 1), global (one-shot cut by BatchNorm scale,
 ranked over the whole network), uniform (the same share of every group, BatchNorm scale inside), torch-pruning (its
 global group-L2 importance), scratch (the uniform network trained from fresh weights for dense + prune epochs together).
-A cell that the output file holds already is not run again, so the script can be stopped and started at will.
+A cell that the output file holds already is not run again, so the script can be stopped and started at will. Where
+many cells train at once, nothing can be timed: `--untimed` keeps their ONNX files, and `--time` times them elsewhere:
+
+    compare.py --data npz:cifar10.npz --weights net.safetensors --out results/c.json --device cuda --untimed files
+    compare.py --data npz:cifar10.npz --out results/c.json --time files
 """
 
 from __future__ import annotations
@@ -31,13 +35,16 @@ from chipdeploy.chipnet.project import Projector
 from chipdeploy.config import PruneConfig
 from chipdeploy.dense import train_dense
 from chipdeploy.engines.base import open_engine
+from chipdeploy.engines.target import Target
 from chipdeploy.export.onnx import export_onnx
+from chipdeploy.files import atomic
 from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.plan import PrunePlan, group_widths
 from chipdeploy.graph.surgery import hard_prune
 from chipdeploy.graph.trace import trace
 from chipdeploy.job import Job, prepare
 from chipdeploy.latency.environment import environment
+from chipdeploy.latency.gpu import environment_of
 from chipdeploy.latency.measure import compare
 from chipdeploy.pipeline import prune
 from chipdeploy.result import load
@@ -47,19 +54,24 @@ from chipdeploy.training.loop import Silent, evaluate, renew_norms
 from chipdeploy.training.recipes import recipe
 from chipdeploy.training.weights import load_weights
 
+TP_RATIOS = [float(ratio) for ratio in np.linspace(0.02, 0.98, 49)]
 KEEPS, METHODS = "0.3,0.15,0.5", "chipnet,global,uniform,torch-pruning"
 Method = Callable[[Job, nn.Module, ChannelGraph, float], nn.Module]
 
 
 def main() -> None:
     options = _options()
+    if options.time:
+        time_cells(options.out, options.time)
+        return
     base, job, dense = start(options)
     with tempfile.TemporaryDirectory() as work:
         for keep in map(float, options.keeps.split(",")):
             for cell in missing(options, {"keep": keep}):
                 config = base.model_copy(update={"keep": keep, "seed": cell["seed"]})
                 one = Job(config, job.data, job.recipe, job.device)
-                row = cell | _run(cell["method"], one, dense, options, Path(work))
+                files = options.untimed or Path(work)
+                row = cell | _run(cell, one, dense, files, options)
                 append(options.out, row)
                 print({key: row[key] for key in (*cell, "test", "macs", "params", "seconds")}, flush=True)
 
@@ -113,6 +125,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--keeps", default=KEEPS)
+    files = parser.add_mutually_exclusive_group()
+    files.add_argument("--untimed", type=Path, help="time nothing, keep the cells' ONNX files in this folder")
+    files.add_argument("--time", type=Path, help="only time the cells that have no times yet, from this folder")
     parser.add_argument("--scratch-epochs", type=int, default=0, help="of the scratch row; 0: dense + total")
     return parser.parse_args()
 
@@ -159,12 +174,12 @@ def dense_network(job: Job, path: Path) -> nn.Module:
     return model
 
 
-def _run(method: str, job: Job, dense: Path, options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    started = time.monotonic()
+def _run(cell: dict[str, Any], job: Job, dense: Path, files: Path, options: argparse.Namespace) -> dict[str, Any]:
+    started, method = time.monotonic(), cell["method"]
     model = dense_network(job, dense)
     graph = trace(model, job.example)
     if method.startswith("chipnet"):
-        small, facts = _chipnet(job, dense, align=1 if method.endswith("free") else 16, work=work)
+        small, facts = _chipnet(job, dense, align=1 if method.endswith("free") else 16)
     else:
         config = job.config
         assert isinstance(config, PruneConfig)
@@ -175,28 +190,52 @@ def _run(method: str, job: Job, dense: Path, options: argparse.Namespace, work: 
         epochs = options.total
         if method == "scratch":
             epochs = options.scratch_epochs or options.dense_epochs + options.total
-        finetune(job, small, epochs, None if method == "scratch" else job.teacher(dense_network(job, dense)))
+        teacher = None if method == "scratch" else job.teacher(dense_network(job, dense))
+        finetune(job, small, epochs, teacher, fast=method == "scratch")
         facts["epochs"] = epochs
     seconds = time.monotonic() - started
-    machine = {"seconds": round(seconds), "machine": environment()["machine"]}
-    return facts | _count(model, small, job) | _latency(model, small, job, work) | machine
+    facts |= _count(model, small, job) | {"seconds": round(seconds), "machine": machine(job)}
+    for name, network in (("dense", model), (_file_name(cell), small)):
+        export(job, network, files / f"{name}.onnx")
+    return facts if options.untimed else facts | times(files, cell)
 
 
-def finetune(job: Job, model: nn.Module, epochs: int, teacher: Teacher | None) -> None:
-    """The default recipe's own finetune, from its first step to its last."""
+def machine(job: Job) -> str:
+    """Where a cell is trained."""
+    target = Target.parse("torch-cuda" if job.device.type == "cuda" else "torch-cpu")
+    return str(environment_of(target)["machine"])
+
+
+def export(job: Job, network: nn.Module, path: Path) -> Path:
+    """A network's ONNX file; whole or not there, since other processes may write the same one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as temporary:
+        export_onnx(network.cpu().eval().to(memory_format=torch.contiguous_format), job.example.cpu(), temporary)
+    return path
+
+
+def finetune(job: Job, model: nn.Module, epochs: int, teacher: Teacher | None, *, fast: bool = False) -> None:
+    """The default recipe's own finetune, from its first step to its last.
+
+    fast: on a GPU the network's kernels are launched as CUDA graphs, worth it for a long training of a small network.
+    """
     optimizer, total = job.optimizer(model), epochs * job.steps
+    network = model
+    if fast and job.device.type == "cuda":
+        network = torch.compile(model, mode="reduce-overhead")  # type: ignore[assignment]
     for epoch in range(epochs):
         rate = lambda step, before=epoch * job.steps: job.rate(before + step, total)  # noqa: E731
-        job.epoch(model, optimizer, epoch, rate, Silent(), teacher=teacher)
+        job.epoch(network, optimizer, epoch, rate, Silent(), teacher=teacher)
 
 
-def _chipnet(job: Job, dense: Path, *, align: int, work: Path) -> tuple[nn.Module, dict[str, Any]]:
+def _chipnet(job: Job, dense: Path, *, align: int) -> tuple[nn.Module, dict[str, Any]]:
     assert isinstance(job.config, PruneConfig)
     config = job.config.model_copy(update={"align": align})
-    run = Run.create(work, "prune", config.model_dump())
-    result = prune(config, Job(config, job.data, job.recipe, job.device), run, dense, Silent())
-    metrics = run.metrics()
-    return load(run.path), {
+    with tempfile.TemporaryDirectory() as work:
+        run = Run.create(Path(work), "prune", config.model_dump())
+        result = prune(config, Job(config, job.data, job.recipe, job.device), run, dense, Silent())
+        metrics, small = run.metrics(), load(run.path)
+    return small.to(job.device), {
         "epochs": len(metrics),
         "layers": result["layers"],
         "soft": [row for row in metrics if row["phase"] == "soft"],
@@ -249,13 +288,30 @@ def one_shot_uniform(job: Job, model: nn.Module, graph: ChannelGraph, keep: floa
 
 
 def torch_pruning(job: Job, model: nn.Module, graph: ChannelGraph, keep: float) -> nn.Module:
-    """Torch-Pruning's global group-L2: the smallest ratio that meets the budget."""
-    dense, low, high = CostModel.of(graph, "macs").dense, 0.0, 1.0
-    for _ in range(10):
+    """Torch-Pruning's global group-L2: of its cuts the largest within the budget; the smallest where none is."""
+    cuts = torch_pruning_cuts(job, model, graph)
+    fits = [ratio for share, ratio in cuts if share <= keep]
+    high = fits[-1] if fits else cuts[0][1]
+    low = high - (TP_RATIOS[1] - TP_RATIOS[0] if fits else 0.0)
+    for _ in range(6):
         middle = (low + high) / 2
-        fits = macs(torch_pruning_cut(job, model, graph, middle), job) <= keep * dense
-        low, high = (low, middle) if fits else (middle, high)
+        small = torch_pruning_cut(job, model, graph, middle)
+        low, high = (low, middle) if macs(small, job) <= keep * macs(model, job) else (middle, high)
     return torch_pruning_cut(job, model, graph, high)
+
+
+def torch_pruning_cuts(
+    job: Job, model: nn.Module, graph: ChannelGraph, round_to: int | None = None
+) -> list[tuple[float, float]]:
+    """Shares of the MACs that its ratios keep, and the ratios, the smallest share first.
+
+    A search by halves would not do: it leaves a layer whole of which nothing would stay, so beyond some ratio the
+    networks grow again.
+    """
+    dense, shares = CostModel.of(graph, "macs").dense, {}
+    for ratio in TP_RATIOS:
+        shares[macs(torch_pruning_cut(job, model, graph, ratio, round_to), job) / dense] = ratio
+    return sorted(shares.items())
 
 
 def torch_pruning_cut(
@@ -320,16 +376,18 @@ def _count(model: nn.Module, small: nn.Module, job: Job) -> dict[str, Any]:
     }
 
 
-def _latency(model: nn.Module, small: nn.Module, job: Job, work: Path) -> dict[str, Any]:
+def _file_name(cell: dict[str, Any]) -> str:
+    return f"{cell['method']}-{cell['keep']:g}-{cell['seed']}"
+
+
+def times(files: Path, cell: dict[str, Any]) -> dict[str, Any]:
     """Time in ONNX Runtime on one CPU thread, as a share of the dense time; raw block ratios are kept."""
-    engines = []
-    for name, network in (("dense", model), ("small", small), ("control", model)):
-        path = work / f"{name}.onnx"
-        export_onnx(network.cpu().to(memory_format=torch.contiguous_format), job.example.cpu(), path)
-        engines.append(open_engine("ort-cpu", path, threads=1))
-    shares = {}
+    paths = [files / f"{name}.onnx" for name in ("dense", _file_name(cell), "dense")]
+    engines = [open_engine("ort-cpu", path, threads=1) for path in paths]
+    shape = engines[0].describe()["input"][1:]
+    shares: dict[str, Any] = {"timed_on": environment()["machine"]}
     for batch in (1, 32):
-        images = np.random.default_rng(0).standard_normal((batch, *job.data.shape), dtype=np.float32)
+        images = np.random.default_rng(0).standard_normal((batch, *shape), dtype=np.float32)
         dense, pruned, control = (partial(engine.run, images) for engine in engines)
         measured = compare(dense, pruned, control=control, batch=batch, seconds=3.0)
         shares[f"time_batch{batch}"] = {
@@ -339,6 +397,16 @@ def _latency(model: nn.Module, small: nn.Module, job: Job, work: Path) -> dict[s
             "load": os.getloadavg()[0],
         }
     return shares
+
+
+def time_cells(path: Path, files: Path) -> None:
+    """Fill in the times that a results file lacks, one cell after the other."""
+    store = json.loads(path.read_text())
+    for cell in store["cells"]:
+        if "time_batch1" not in cell:
+            cell |= times(files, cell)
+            write_json(path, store)
+            print(_file_name(cell), cell["time_batch1"]["ratio"], cell["time_batch32"]["ratio"], flush=True)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ FILES = {
     "precision": "precision.json",
     "rtx": "rtx-builds.json",
     "targets": "targets-cpu.json",
+    "targets-gpu": "targets-h100.json",
     "bundle": "bundle-check.json",
 }
 
@@ -50,7 +51,7 @@ def main() -> None:
     readme.write_text(text, encoding="utf-8")
     engines = ROOT / "docs" / "engines.md"
     text = engines.read_text(encoding="utf-8")
-    for name, fill in {"precision": precisions, "rtx": rtx_builds, "targets": targets, "bundle": bundle}.items():
+    for name, fill in FILLS.items():
         if (path := RESULTS / FILES[name]).is_file():
             text = replace(text, name, fill(json.loads(path.read_text(encoding="utf-8")), path))
     engines.write_text(text, encoding="utf-8")
@@ -89,13 +90,13 @@ def section(path: Path) -> str:
     settings = store["settings"]
     start = "the given checkpoint" if settings["given_weights"] else f"{settings['dense_epochs']} epochs of training"
     # Cells may come from several machines; the ratios of a cell are of one.
-    machine = "; ".join(
-        sorted({cell.get("machine", environment_line(store["environment"])) for cell in store["cells"]})
-    )
+    here = environment_line(store["environment"])
+    trained = "; ".join(sorted({cell.get("machine", here) for cell in store["cells"]}))
+    timed = "; ".join(sorted({cell.get("timed_on", cell.get("machine", here)) for cell in store["cells"]}))
     lines = [
         f"{settings['model']} on {settings['data']}, dense {store['dense_test']:.2%}, from {start}; "
         f"{settings['total']} epochs in all for every method, {settings['soft']} of them soft in chipdeploy. "
-        f"Time: ONNX Runtime, one thread, as a share of the dense network's ({machine}). "
+        f"Time: ONNX Runtime, one thread, as a share of the dense network's ({timed}). Trained on: {trained}. "
         f"Raw data: `{path.relative_to(ROOT)}`.",
         "",
         "| FLOPs kept | method | test accuracy | time, batch 1 | time, batch 32 | params |",
@@ -106,7 +107,9 @@ def section(path: Path) -> str:
         groups.setdefault((-cell["keep"], cell["method"]), []).append(cell)
     order = list(NAMES)
     for (keep, method), cells in sorted(groups.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
-        lines.append(f"| {-keep:g} | {NAMES[method]} | {accuracy(cells)} | {times(cells)} | {share(cells, 'params')} |")
+        kept = mean(cell["macs"] for cell in cells)
+        name = NAMES[method] + (f"; reaches {kept:.2f} only" if kept > -keep else "")
+        lines.append(f"| {-keep:g} | {name} | {accuracy(cells)} | {times(cells)} | {share(cells, 'params')} |")
     return "\n".join(lines)
 
 
@@ -233,6 +236,14 @@ def bundle(store: dict[str, Any], path: Path) -> str:
         f"{store['same_top1']['program']} of {store['images']} test images {source(store, path)}."
     )
 
+
+FILLS = {
+    "precision": precisions,
+    "rtx": rtx_builds,
+    "targets": targets,
+    "targets-gpu": targets,
+    "bundle": bundle,
+}
 
 if __name__ == "__main__":
     main()

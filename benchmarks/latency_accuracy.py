@@ -3,10 +3,10 @@
 
     latency_accuracy.py --data npz:cifar10.npz --model resnet56 --weights net.safetensors --out results/accuracy.json
 
-Methods: latency and flops (`--via`), tp-1, tp-8, tp-16 (Torch-Pruning's global group-L2 with `round_to`; the smallest
-ratio whose measured time is within the goal). All start from the same dense network, and train for the same number
-of epochs by the same recipe. What each network takes is measured once more at the end, in a process of its own.
-A cell that the output file holds already is not run again.
+Methods: latency and flops (`--via`), tp-1, tp-8, tp-16 (Torch-Pruning's global group-L2 with `round_to`; the largest
+cut whose measured time is within the goal, the fastest where none is). All start from the same dense network, and
+train for the same number of epochs by the same recipe. What each network takes is measured once more at the end, in a
+process of its own. A cell that the output file holds already is not run again.
 """
 
 from __future__ import annotations
@@ -22,19 +22,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from compare import add_options, append, dense_network, finetune, macs, missing, start, torch_pruning_cut
+from compare import (
+    add_options,
+    append,
+    dense_network,
+    export,
+    finetune,
+    machine,
+    macs,
+    missing,
+    start,
+    torch_pruning_cut,
+    torch_pruning_cuts,
+)
 from latency_nets import PROFILES
 from torch import nn
 
-from chipdeploy.chipnet.costs import CostModel
 from chipdeploy.config import PruneConfig
 from chipdeploy.engines.base import open_engine
-from chipdeploy.export.onnx import export_onnx
+from chipdeploy.engines.target import Target
 from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.trace import trace
 from chipdeploy.job import Job
-from chipdeploy.latency.environment import environment
+from chipdeploy.latency.gpu import environment_of
 from chipdeploy.latency.meet import BLOCKS, CONFIRM_S, FIRST_S
 from chipdeploy.latency.profiling import measure_profile
 from chipdeploy.latency.rig import Rig
@@ -46,11 +56,11 @@ from chipdeploy.run import Run
 from chipdeploy.training.loop import Silent, evaluate, renew_norms
 
 METHODS = "latency,flops,tp-1,tp-8,tp-16"
-BISECTIONS = 9
 
 
 def main() -> None:
     options = _options()
+    options.profiles.mkdir(parents=True, exist_ok=True)
     base, job, dense = start(options)
     base = base.model_copy(update={"on": options.on})
     with tempfile.TemporaryDirectory() as work:
@@ -86,7 +96,8 @@ def _run(method: str, job: Job, dense: Path, options: argparse.Namespace, work: 
         small, facts = _chipnet(job, dense, graph, options, work)
     facts |= {"test": evaluate(small, job.data.test, job.device), "macs": macs(small, job) / macs(model, job)}
     facts |= _fresh(job, model, small, work)
-    return facts | {"seconds": round(time.monotonic() - started), "machine": environment()["machine"]}
+    facts |= {"machine": machine(job), "timed_on": environment_of(Target.parse(options.on))["machine"]}
+    return facts | {"seconds": round(time.monotonic() - started)}
 
 
 def _chipnet(
@@ -94,51 +105,47 @@ def _chipnet(
 ) -> tuple[nn.Module, dict[str, Any]]:
     assert isinstance(job.config, PruneConfig)
     setting = setting_of(job.config, graph)
-    path = options.profiles / file_name(job.config.model, graph, setting, str(environment()["machine"]))
+    path = options.profiles / file_name(
+        job.config.model, graph, setting, str(environment_of(setting.target)["machine"])
+    )
     measure_profile(job.model(), graph, setting, name=job.config.model, minutes=options.minutes, path=path)
     config = job.config.model_copy(update={"profile": str(path)})
     meeting = arrange(config, job.model(), graph, folder=options.profiles)
     run = Run.create(work, "prune", config.model_dump())
     result = prune(config, replace(job, config=config), run, dense, Silent(), meeting)
     facts = {key: result["latency"][key] for key in ("ratio", "met", "near", "tries")}
-    return load(run.path), facts | {"layers": result["layers"]}
+    return load(run.path).to(job.device), facts | {"layers": result["layers"]}
 
 
 def _torch_pruning(
     job: Job, model: nn.Module, graph: ChannelGraph, round_to: int, work: Path
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The smallest of its ratios whose measured time is within the goal, found by bisection on the device; where none
-    is, the fastest of its cuts."""
+    """Of its cuts the one with the most MACs whose measured time is within the goal, found by halves on the device;
+    where none is, the fastest."""
     config = job.config
-    assert isinstance(config, PruneConfig)
-    goal, low, high = config.latency, 0.0, 1.0
-    best: tuple[float, nn.Module] | None = None
-    assert goal
-    cost, tries = CostModel.of(graph, "macs"), []
+    assert isinstance(config, PruneConfig) and config.latency
+    cuts = torch_pruning_cuts(job, model, graph, round_to)
+    tries: list[dict[str, float]] = []
+    low, high = 0, len(cuts)  # cuts below `low` are within the goal, those from `high` on are not
     with Rig(model, graph, setting_of(config, graph)) as rig:
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            small = torch_pruning_cut(job, model, graph, middle, round_to)
-            engine = open_engine(config.on, _exported(job, small, work / "tried.onnx"), threads=config.threads)
-            ratio = rig.time([engine], seconds=FIRST_S, blocks=BLOCKS)[0].ratio
-            tries.append({"ratio": middle, "time": ratio, "macs": macs(small, job) / cost.dense})
-            if best is None or (ratio <= goal) or ratio < best[0]:
-                best = ratio, small
-            low, high = (low, middle) if ratio <= goal else (middle, high)
-    assert best
-    return best[1], {"tries": tries}
-
-
-def _exported(job: Job, network: nn.Module, path: Path) -> Path:
-    export_onnx(network.cpu().eval().to(memory_format=torch.contiguous_format), job.example.cpu(), path)
-    return path
+        while low < high:
+            middle = (low + high) // 2
+            share, ratio = cuts[middle]
+            path = export(job, torch_pruning_cut(job, model, graph, ratio, round_to), work / "tried.onnx")
+            engine = open_engine(config.on, path, threads=config.threads)
+            took = rig.time([engine], seconds=FIRST_S, blocks=BLOCKS)[0].ratio
+            tries.append({"ratio": ratio, "time": took, "macs": share})
+            low, high = (middle + 1, high) if took <= config.latency else (low, middle)
+    within = [one for one in tries if one["time"] <= config.latency]
+    chosen = max(within, key=lambda one: one["macs"]) if within else min(tries, key=lambda one: one["time"])
+    return torch_pruning_cut(job, model, graph, chosen["ratio"], round_to), {"tries": tries, "met": bool(within)}
 
 
 def _fresh(job: Job, model: nn.Module, small: nn.Module, work: Path) -> dict[str, Any]:
     """Both networks timed in a process that knows nothing else."""
     config = job.config
     assert isinstance(config, PruneConfig)
-    paths = [_exported(job, network, work / f"{name}.onnx") for name, network in (("dense", model), ("small", small))]
+    paths = [export(job, network, work / f"{name}.onnx") for name, network in (("dense", model), ("small", small))]
     shape = ",".join(map(str, (config.bench_batch, *job.data.shape)))
     arguments = [*map(str, paths), config.on, str(config.threads), shape, str(CONFIRM_S)]
     code = "import latency_accuracy as own, sys; own.timed(*sys.argv[1:])"

@@ -13,7 +13,7 @@ from chipdeploy.chipnet.costs import Floats
 from chipdeploy.engines.target import Target
 from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.trace import trace
-from chipdeploy.latency.environment import environment
+from chipdeploy.latency.gpu import environment_of
 from chipdeploy.latency.rig import Setting
 from chipdeploy.latency.store import file_name
 from chipdeploy.training.models import build_model
@@ -47,7 +47,7 @@ def subject(name: str, target: str, batch: int, threads: int) -> Subject:
 
 def profile_path(one: Subject, folder: Path) -> Path:
     """Where the profile of a network on this machine is kept: those in profiles/ are shipped."""
-    return folder / file_name(one.name, one.graph, one.setting, str(environment()["machine"]))
+    return folder / file_name(one.name, one.graph, one.setting, str(environment_of(one.setting.target)["machine"]))
 
 
 def scores(graph: ChannelGraph, seed: int) -> Floats:

@@ -28,6 +28,7 @@ HEADERS = {
     "memory": ("network", "batch", "weights", "activations", "ONNX Runtime's process grows by", "of the plan"),
     "targets": ("network", "goal", "found", "in 5 processes", "least-most", "dense / dense", "over the goal", "tries"),
 }
+HEADERS["targets-h100"] = tuple("in 2 processes" if text == "in 5 processes" else text for text in HEADERS["targets"])
 
 
 def main() -> None:
@@ -35,9 +36,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     folder = parser.parse_args().results
     page = PAGE.read_text(encoding="utf-8")
-    stores = {name: _read(folder, f"{name}.json") for name in ("predictors", "targets")}
+    stores = {name: _read(folder, f"{name}.json") for name in ("predictors", "targets", "targets-h100")}
     stores["memory"] = _read(folder.parent, "memory.json")
-    for name, make in (("predictors", _predictors), ("targets", _targets), ("memory", _memory)):
+    makers = {"predictors": _predictors, "targets": _targets, "targets-h100": _targets, "memory": _memory}
+    for name, make in makers.items():
         where = f"Machine: {stores[name]['environment']['machine']}"
         if name != "memory":
             setting = stores[name]["rows" if name == "predictors" else "cells"][0]["setting"]

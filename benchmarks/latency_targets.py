@@ -23,16 +23,17 @@ import torch
 from latency_nets import MODELS, PROFILES, Subject, profile_path, scores, subject
 
 from chipdeploy.chipnet.project import Projector
+from chipdeploy.engines.target import Target
 from chipdeploy.graph.channels import Mask
 from chipdeploy.graph.plan import PrunePlan
-from chipdeploy.latency.environment import environment
+from chipdeploy.latency.gpu import environment_of
 from chipdeploy.latency.meet import BLOCKS, TOLERANCE, Met, meet
 from chipdeploy.latency.profiling import measure_profile
 from chipdeploy.latency.rig import Rig
 from chipdeploy.run import write_json
 
 SCORES_SEED = 5
-FRESH, FRESH_S = 5, 4.0  # processes, and seconds in each
+FRESH_S = 4.0  # seconds in each process
 
 
 def main() -> None:
@@ -42,7 +43,11 @@ def main() -> None:
         _fresh(options)
         return
     file = options.out / "targets.json"
-    store = json.loads(file.read_text()) if file.is_file() else {"environment": environment(), "cells": []}
+    store = (
+        json.loads(file.read_text())
+        if file.is_file()
+        else {"environment": environment_of(Target.parse(options.on)), "cells": []}
+    )
     for name in options.models.split(","):
         one = subject(name, options.on, options.batch, options.threads)
         for goal in map(float, options.goals.split(",")):
@@ -64,6 +69,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--processes", type=int, default=5, help="fresh ones that measure each cut again")
     parser.add_argument("--profiles", type=Path, default=PROFILES, help="folder of the profiles")
     parser.add_argument("--fresh", type=Path, help=argparse.SUPPRESS)  # a plan to be measured in this process
     return parser.parse_args()
@@ -78,7 +84,7 @@ def _cell(one: Subject, goal: float, options: argparse.Namespace) -> dict[str, A
         arguments = ["--out", str(answer), "--fresh", str(plan), "--on", options.on]
         arguments += ["--batch", str(options.batch), "--threads", str(options.threads)]
         fresh = []
-        for _ in range(FRESH):
+        for _ in range(options.processes):
             subprocess.run([sys.executable, __file__, *arguments], check=True)
             fresh.append(json.loads(answer.read_text()))
     ratios = [row["ratio"] for row in fresh]

@@ -63,11 +63,6 @@ class Side:
         """All, from 0."""
         return np.arange(0.0, self.largest + 1, self.unit)
 
-    @property
-    def edges(self) -> Floats:
-        """The widest of every stair, from 0."""
-        return np.arange(0.0, self.largest + 1, self.edge)
-
     def place(self, widths: Floats) -> Ints:
         """Where widths stand in `widths`."""
         return np.rint(widths / self.unit).astype(np.int64)
@@ -164,44 +159,64 @@ class LatencyCost:
 
 
 class SoftLatency:
-    """The tables, bilinear between the stairs' edges; along a side that no group moves, at its one width."""
+    """The tables, bilinear between the edges of the stairs of every layer."""
 
     def __init__(self, cost: LatencyCost, device: torch.device | str) -> None:
         shapes = cost.shapes
         self._constant = cost.constant * cost.scale
         self._into, self._out = (torch.from_numpy(table).float().to(device) for table in (shapes.into, shapes.out))
         self._branch = torch.from_numpy(shapes.branch).to(device)
-        together: dict[tuple[int, float | None, float | None], list[int]] = {}
+        together: dict[tuple[int, Stairs, Stairs], list[int]] = {}
         for layer, kind in enumerate(shapes.kinds):
-            key = kind, _fixed(shapes.into[:, layer]), _fixed(shapes.out[:, layer])
-            together.setdefault(key, []).append(layer)
-        self._parts = []
-        for (kind, *fixed), layers in together.items():
             table = cost.tables[kind]
-            sides = [
-                (side.edges, 1 / side.edge) if end is None else (np.array([end]), 0.0)
-                for side, end in zip((table.into, table.out), fixed, strict=True)
-            ]
-            times = table.at(*np.meshgrid(sides[0][0], sides[1][0], indexing="ij")) * cost.scale
+            sides = ((shapes.into, table.into.edge), (shapes.out, table.out.edge))
+            rows, columns = (Stairs.of(weights[:, layer], shapes.full, edge) for weights, edge in sides)
+            together.setdefault((kind, rows, columns), []).append(layer)
+        self._parts = []
+        for (kind, rows, columns), layers in together.items():
+            times = cost.tables[kind].at(*np.meshgrid(rows.edges, columns.edges, indexing="ij")) * cost.scale
             # A wider layer on the stairs is never faster, whatever noise says: the slope must not mislead.
             times = np.maximum.accumulate(np.maximum.accumulate(times, axis=0), axis=1)
             members = torch.tensor(layers, device=device)
-            self._parts.append((torch.from_numpy(times).float().to(device), members, sides[0][1], sides[1][1]))
+            self._parts.append((torch.from_numpy(times).float().to(device), members, rows, columns))
 
     def __call__(self, widths: Tensor, alive: Tensor) -> Tensor:
         one = widths.new_ones(1)
         extended, present = torch.cat([widths, one]), torch.cat([alive, one])
         into, out = extended @ self._into, extended @ self._out
         total = widths.new_tensor(self._constant)
-        for times, members, by_in, by_out in self._parts:
-            found = _between(times, into[members] * by_in, out[members] * by_out)
+        for times, members, rows, columns in self._parts:
+            found = _between(times, rows.place(into[members]), columns.place(out[members]))
             total = total + (found * present[self._branch[members]]).sum()
         return total
 
 
-def _fixed(weights: Floats) -> float | None:
-    """The width of a side that no group moves, from its weights [G + 1]; None where one does."""
-    return None if weights[:-1].any() else float(weights[-1])
+@dataclass(frozen=True)
+class Stairs:
+    """One side of a layer.
+
+    Args:
+        edges: the widest of every stair, from 0 to the dense width, which may lie inside a stair; of a side that no
+            group moves its one width.
+        edge: from stair to stair.
+    """
+
+    edges: tuple[float, ...]
+    edge: int
+
+    @classmethod
+    def of(cls, weights: Floats, full: Floats, edge: int) -> Stairs:
+        """From the weights [G + 1] of one layer; `full` are the widths [G + 1] of the dense network."""
+        widest = float(full @ weights)
+        return cls((*np.arange(0.0, widest, edge).tolist(), widest) if weights[:-1].any() else (widest,), edge)
+
+    def place(self, widths: Tensor) -> Tensor:
+        """Where real widths stand among the edges: 1.5 is half way from the second to the third."""
+        if len(self.edges) == 1:
+            return torch.zeros_like(widths)
+        last = len(self.edges) - 2
+        stairs = widths / self.edge
+        return torch.where(stairs < last, stairs, last + (stairs - last) / (self.edges[-1] / self.edge - last))
 
 
 def _between(table: Tensor, row: Tensor, column: Tensor) -> Tensor:

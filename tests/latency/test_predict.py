@@ -175,6 +175,19 @@ def test_the_soft_latency_is_the_crisp_one_on_the_stairs_and_has_a_slope(tiny, c
     assert (alive.grad > 0).all()
 
 
+@pytest.mark.parametrize("step", [24, 32, 64])
+def test_the_soft_latency_of_dense_groups_is_the_crisp_one_where_they_are_no_multiple_of_a_stair(tiny, device, step):
+    _, graph = tiny
+    cost = fit(graph, [device.sample(widths) for widths in Variants(graph, STEP).take(24)], step)
+    soft = cost.soft("cpu")
+    for gone in ([], [1], [3], [1, 3]):
+        widths = np.array(graph.sizes)
+        widths[gone] = 0
+        alive = torch.tensor([float(widths[list(branch.groups)].any()) for branch in graph.branches])
+        got = float(soft(torch.tensor(widths, dtype=torch.float32), alive))
+        assert got == pytest.approx(cost.count(widths), rel=1e-2), gone
+
+
 def test_a_scaled_predictor_scales_all(tiny, cost):
     _, graph = tiny
     twice, on = cost.scaled(2).scaled(1.5), aligned(graph, 5)

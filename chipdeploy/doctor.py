@@ -20,7 +20,8 @@ from typing import Any
 from chipdeploy.errors import MissingError
 
 OK, MISSING, BROKEN = "ok", "missing", "broken"
-CORE = ("torch", "onnx", "onnxruntime")  # without these nothing is pruned, exported or run
+# Without these nothing is pruned, exported or run.
+CORE = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy", "scipy", "safetensors", "pydantic")
 PYTHONS = (3, 11), (3, 14)  # from, and below
 USE_A_GPU = "use a machine with an NVIDIA GPU and its driver (a container: docker run --gpus all)"
 
@@ -104,6 +105,10 @@ REQUIRED = (
         "onnxconverter-common", "onnxconverter_common", ("onnxconverter-common",), "pip install onnxconverter-common"
     ),
     Package("nvidia-ml-py", "pynvml", ("nvidia-ml-py",), "pip install nvidia-ml-py"),
+    *(
+        Package(name, name, (name,), f"pip install {name}")
+        for name in ("onnxscript", "numpy", "scipy", "safetensors", "pydantic", "psutil", "matplotlib")
+    ),
 )
 ORT = Package("onnxruntime", "onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "pip install 'chipdeploy[cpu]'")
 OPTIONAL = (
@@ -135,7 +140,7 @@ def require(checks: Iterable[Check]) -> None:
     """Raise unless the core works.
 
     Raises:
-        MissingError: torch, onnx or ONNX Runtime is missing or broken, or ONNX Runtime is installed twice.
+        MissingError: a package of the core is missing or broken, or ONNX Runtime is installed twice.
     """
     if failed := lacking(checks):
         first = failed[0]

@@ -125,6 +125,9 @@ def _foreign(error: Exception, as_json: bool) -> int:
     if isinstance(error, OSError):
         what = "the output cannot be written" if error.filename is None else f"cannot use {error.filename}"
         return _fail(f"{what}: {error.strerror}; choose another path", "InputError", 3, as_json)
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if package not in ("", "chipdeploy"):
+        return _fail(f"the Python package {package!r} is missing; pip install {package}", "MissingError", 4, as_json)
     text = f"{type(error).__name__}: {text}; a bug of chipdeploy, CHIPDEPLOY_DEBUG=1 shows where"
     return _fail(text, "Bug", 1, as_json)
 

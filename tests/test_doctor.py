@@ -138,6 +138,16 @@ def test_a_broken_core_fails_with_one_json_object(tmp_path):
     assert (ready["torch-cpu"], ready["ort-cpu"]) == (False, True)
 
 
+def test_a_package_that_is_missing_is_no_bug_of_ours(tmp_path):
+    missing = "raise ModuleNotFoundError(\"No module named 'safetensors'\", name='safetensors')\n"
+    (tmp_path / "safetensors.py").write_text(missing, encoding="utf-8")
+    done = python("-m", "chipdeploy.cli", "prune", "--flops", "0.3", path=[tmp_path])
+    assert done.returncode == 4
+    assert done.stderr == "error: the Python package 'safetensors' is missing; pip install safetensors\n"
+    checks = {check["name"]: check for check in json.loads(doctor("--json", path=[tmp_path]).stdout)["checks"]}
+    assert checks["safetensors"]["status"] != OK
+
+
 def test_both_distributions_of_onnx_runtime_at_once_fail(tmp_path):
     for name in ("onnxruntime", "onnxruntime-gpu"):
         distribution(tmp_path, name)

@@ -1,9 +1,9 @@
 """From scores to a plan: the most valuable widths and branches whose cost stays under the budget.
 
-A group's value at width w is the sum of its w best scores, so ψ alone ranks; what is searched are the widths. Given the
-widths of a few *core* items (residual streams, every second layer of a chain) the rest do not interact, and choosing
-their widths is a multiple-choice knapsack, solved exactly over a finely binned budget. The core is found by Lagrangian
-coordinate ascent, then improved by hill climbing over the knapsack's own bound.
+A group's value at width w rises with the sum of its w best scores, so ψ alone ranks; what is searched are the widths.
+Given the widths of a few *core* items (residual streams, every second layer of a chain) the rest do not interact, and
+choosing their widths is a multiple-choice knapsack, solved exactly over a finely binned budget. The core is found by
+Lagrangian coordinate ascent, then improved by hill climbing over the knapsack's own bound.
 """
 
 from __future__ import annotations
@@ -43,10 +43,18 @@ class Projector:
         align: channels by which widths go, where a group allows it.
         min_width: channels of which no group that stays has fewer, or all that it has.
         blocks: only whole branches go; all widths stay.
+        power: of the value's law, see `value_of_widths`; 1 for the plain sum of scores.
     """
 
     def __init__(
-        self, graph: ChannelGraph, cost: Cost, align: int = 16, *, min_width: int = 1, blocks: bool = False
+        self,
+        graph: ChannelGraph,
+        cost: Cost,
+        align: int = 16,
+        *,
+        min_width: int = 1,
+        blocks: bool = False,
+        power: float = 1.0,
     ) -> None:
         if align < 1:
             raise UsageError(f"the alignment must be 1 or more, got {align}; 1 gives free widths")
@@ -54,7 +62,7 @@ class Projector:
             raise UsageError(f"the least width must be 1 or more, got {min_width}")
         if blocks and not graph.branches:
             raise UsageError("only blocks were to go, and no branch of this network can; prune widths instead")
-        self._align, self._min_width, self._blocks = align, min_width, blocks
+        self._align, self._min_width, self._blocks, self.power = align, min_width, blocks, power
         self._low = _least(graph, graph.sizes.max() * min_width if blocks else min_width)
         self.graph, self.cost = graph, cost
         self._units = np.array([gcd(g.size, max(1, align // g.unit)) for g in graph.groups], dtype=np.int64)
@@ -74,7 +82,9 @@ class Projector:
 
     def under(self, cost: Cost) -> Projector:
         """For another cost of the same graph, in the same steps."""
-        return Projector(self.graph, cost, self._align, min_width=self._min_width, blocks=self._blocks)
+        return Projector(
+            self.graph, cost, self._align, min_width=self._min_width, blocks=self._blocks, power=self.power
+        )
 
     def choices(self) -> list[tuple[tuple[int, ...], Ints]]:
         """Groups that are chosen together, and the widths among which they choose, [K, groups], the narrowest first."""
@@ -159,6 +169,29 @@ class Projector:
         return sorted(core), [number for number in range(len(self._items)) if number not in core]
 
 
+def value_of_widths(scores: Floats, power: float, *, branch: bool) -> Floats:
+    """Value of a group's best w channels, for w from 0 to all: [W] ▶ [W + 1].
+
+    Where a share s of the whole score S stays, S · (1 − s^p) / p is lost. A score is a gradient's: it tells what the
+    first few channels that go cost, and near s = 1 the loss is S · (1 − s) for every p. What the last few cost it
+    cannot tell; p < 1 lets it rise, so that no stream that many layers need is cut to a thread. A group inside a branch
+    that goes as a whole loses S: the branch is passed by, and nothing that is left suffers.
+
+    Args:
+        scores: above 0.
+        power: p, above 0.
+        branch: whether the group is inside a branch.
+    """
+    sums = np.concatenate([[0.0], np.cumsum(-np.sort(-scores, kind="stable"))])
+    if power == 1.0:
+        return sums
+    whole = sums[-1]
+    values: Floats = whole - whole / power * (1.0 - (sums / whole) ** power)
+    if branch:
+        values[0] = 0.0
+    return values
+
+
 class _Search:
     """One search: fixed scores, fixed budget."""
 
@@ -166,8 +199,10 @@ class _Search:
         self._p = projector
         self._keep = keep
         graph = projector.graph
-        sorted_scores = [-np.sort(-scores[graph.span(g)], kind="stable") for g in range(len(graph.groups))]
-        self._prefix = [np.concatenate([[0.0], np.cumsum(s)]) for s in sorted_scores]
+        self._prefix = [
+            value_of_widths(scores[graph.span(number)], projector.power, branch=group.branch is not None)
+            for number, group in enumerate(graph.groups)
+        ]
         self._values = [self._value(item) for item in projector._items]
 
     def run(self, start: Ints | None) -> Ints:

@@ -28,6 +28,7 @@ class Schedule:
     arrive: float = 0.7  # progress at which the falling budget reaches its end
     settle: float = 0.85  # progress from which the plan stays as it is, and the gates only become crisp
     renew: int = 20  # steps between two projections
+    value_power: float = 0.5  # of the law by which a group's value falls with its width; see `value_of_widths`
 
     def __post_init__(self) -> None:
         # The last projection, at `settle`, must see the whole budget; after it the plan is final.
@@ -68,6 +69,7 @@ PAPER = Schedule(
     kappa=(10.0, 60.0),
     crispness_weight=10.0,
     budget_weight=30.0,
+    value_power=1.0,
     logit_travel=28.0,  # learning rate 1e-3 over 20 epochs of 1,406 steps
     projected=False,
     listen=0.0,

@@ -101,7 +101,8 @@ class ChipNet(nn.Module):
         self.schedule = schedule or Schedule()
         self.graph = trace(model, example, exclude=exclude)
         self.cost: Cost = cost(self.graph) if cost else CostModel.of(self.graph, budget.cost)
-        self.projector = Projector(self.graph, self.cost, align, min_width=min_width, blocks=blocks)
+        power = self.schedule.value_power
+        self.projector = Projector(self.graph, self.cost, align, min_width=min_width, blocks=blocks, power=power)
         self.projector.check(budget.keep)
         device = (example[0] if isinstance(example, tuple) else example).device
         self._gating = Gating(self.graph, device)

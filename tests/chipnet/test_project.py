@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from chipdeploy.chipnet.costs import CostModel
-from chipdeploy.chipnet.project import Projector
+from chipdeploy.chipnet.project import Projector, value_of_widths
 from chipdeploy.errors import BudgetError, UsageError
 from chipdeploy.graph.plan import check_mask, group_widths
 from chipdeploy.graph.trace import trace
@@ -119,3 +119,28 @@ def test_where_the_alignment_fits_no_budget_finer_steps_do():
     graph = trace(nn.Sequential(*layers), torch.randn(2, 3, 8, 8))
     widths = widths_of(graph, 0.3, align=16)
     assert CostModel.of(graph, "macs").count(widths) >= 0.25 * CostModel.of(graph, "macs").dense
+
+
+@pytest.mark.parametrize("power", [0.25, 0.5, 1.0])
+def test_the_value_of_a_group(power):
+    scores = np.random.default_rng(3).lognormal(size=400)
+    values, whole = value_of_widths(scores, power, branch=False), scores.sum()
+    assert len(values) == 401
+    assert values[-1] == pytest.approx(whole)
+    assert values[0] == pytest.approx(whole * (1 - 1 / power))
+    assert (np.diff(values, n=2) < 0).all()  # the better channels first, so each adds less than the one before
+    assert values[-1] - values[-2] == pytest.approx(scores.min(), rel=0.01)  # the first that goes costs its score
+    passed = value_of_widths(scores, power, branch=True)
+    assert passed[0] == 0
+    assert (passed[1:] == values[1:]).all()
+
+
+def test_no_stream_is_cut_to_a_thread_where_the_last_channels_are_worth_more(resnet):
+    streams = [number for number, group in enumerate(resnet.groups) if group.branch is None]
+    # Six times as much for a channel of a stream, since many layers read it; a trained network shows more.
+    scores = np.concatenate([np.full(group.size, 1.0 if group.branch is not None else 6.0) for group in resnet.groups])
+    least = {}
+    for power in (0.25, 1.0):
+        widths = widths_of(resnet, 0.15, scores, align=1, power=power)
+        least[power] = (widths[streams] / resnet.sizes[streams]).min()
+    assert least[1.0] < 0.1 < 0.5 < least[0.25]

@@ -36,6 +36,8 @@ class Schedule:
             raise UsageError(
                 f"a schedule needs 0 <= listen < arrive <= settle <= 1, got {self.listen}, {self.arrive}, {self.settle}"
             )
+        if not self.value_power > 0.0:
+            raise UsageError(f"a schedule needs a value_power above 0, got {self.value_power}; 1 gives the plain sum")
 
     def beta_at(self, progress: float) -> float:
         """Steepness of the logistic curve."""

@@ -35,3 +35,9 @@ def test_default_budget_falls_from_one_and_arrives_before_the_plan_settles():
 def test_a_plan_cannot_settle_before_the_budget_arrives(wrong):
     with pytest.raises(UsageError, match="listen < arrive <= settle"):
         Schedule(**wrong)
+
+
+@pytest.mark.parametrize("power", [0.0, -1.0, float("nan")])
+def test_a_power_of_the_value_that_is_no_power_is_refused(power):
+    with pytest.raises(UsageError, match="value_power above 0"):
+        Schedule(value_power=power)

@@ -22,6 +22,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,11 +114,18 @@ def missing(options: argparse.Namespace, goal: dict[str, float]) -> Iterator[dic
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a cell; other processes may work on other cells of the same file."""
+    """Add a cell."""
+    with changing(path) as cells:
+        cells.append(row)
+
+
+@contextmanager
+def changing(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """The cells of a results file, to be changed; other processes may work on other cells of the same file."""
     with path.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         store = json.loads(path.read_text())
-        store["cells"].append(row)
+        yield store["cells"]
         write_json(path, store)
 
 
@@ -401,12 +409,12 @@ def times(files: Path, cell: dict[str, Any]) -> dict[str, Any]:
 
 def time_cells(path: Path, files: Path) -> None:
     """Fill in the times that a results file lacks, one cell after the other."""
-    store = json.loads(path.read_text())
-    for cell in store["cells"]:
+    for cell in json.loads(path.read_text())["cells"]:
         if "time_batch1" not in cell:
-            cell |= times(files, cell)
-            write_json(path, store)
-            print(_file_name(cell), cell["time_batch1"]["ratio"], cell["time_batch32"]["ratio"], flush=True)
+            measured = times(files, cell)
+            with changing(path) as cells:
+                cells[cells.index(cell)].update(measured)
+            print(_file_name(cell), *(measured[f"time_batch{batch}"]["ratio"] for batch in (1, 32)), flush=True)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,8 @@ def section(path: Path) -> str:
     timed = "; ".join(sorted({cell.get("timed_on", cell.get("machine", here)) for cell in store["cells"]}))
     lines = [
         f"{settings['model']} on {settings['data']}, dense {store['dense_test']:.2%}, from {start}; "
-        f"{settings['total']} epochs in all for every method, {settings['soft']} of them soft in chipdeploy. "
+        f"{settings['total']} epochs in all for every method, {settings['soft']} of them soft in chipdeploy; "
+        "one run each where no number is given. "
         f"Time: ONNX Runtime, one thread, as a share of the dense network's ({timed}). Trained on: {trained}. "
         f"Raw data: `{path.relative_to(ROOT)}`.",
         "",
@@ -116,7 +117,7 @@ def section(path: Path) -> str:
 def accuracy(cells: list[dict[str, Any]]) -> str:
     values = [100 * cell["test"] for cell in cells]
     text = f"{mean(values):.2f} %"
-    return text if len(values) == 1 else f"{text} ({len(values)} seeds, {min(values):.2f}-{max(values):.2f})"
+    return text if len(values) == 1 else f"{text} ({len(values)} runs, {min(values):.2f}-{max(values):.2f})"
 
 
 def times(cells: list[dict[str, Any]]) -> str:

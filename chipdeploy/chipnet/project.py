@@ -62,7 +62,7 @@ class Projector:
             raise UsageError(f"the least width must be 1 or more, got {min_width}")
         if blocks and not graph.branches:
             raise UsageError("only blocks were to go, and no branch of this network can; prune widths instead")
-        self._align, self._min_width, self._blocks, self.power = align, min_width, blocks, power
+        self._align, self._min_width, self._blocks, self._power = align, min_width, blocks, power
         self._low = _least(graph, graph.sizes.max() * min_width if blocks else min_width)
         self.graph, self.cost = graph, cost
         self._units = np.array([gcd(g.size, max(1, align // g.unit)) for g in graph.groups], dtype=np.int64)
@@ -83,7 +83,7 @@ class Projector:
     def under(self, cost: Cost) -> Projector:
         """For another cost of the same graph, in the same steps."""
         return Projector(
-            self.graph, cost, self._align, min_width=self._min_width, blocks=self._blocks, power=self.power
+            self.graph, cost, self._align, min_width=self._min_width, blocks=self._blocks, power=self._power
         )
 
     def choices(self) -> list[tuple[tuple[int, ...], Ints]]:
@@ -199,8 +199,8 @@ class _Search:
         self._p = projector
         self._keep = keep
         graph = projector.graph
-        self._prefix = [
-            value_of_widths(scores[graph.span(number)], projector.power, branch=group.branch is not None)
+        self._tables = [
+            value_of_widths(scores[graph.span(number)], projector._power, branch=group.branch is not None)
             for number, group in enumerate(graph.groups)
         ]
         self._values = [self._value(item) for item in projector._items]
@@ -212,7 +212,7 @@ class _Search:
         return self._fill(widths)
 
     def _value(self, item: Item) -> Floats:
-        parts = [self._prefix[g][item.choices[:, k]] for k, g in enumerate(item.groups)]
+        parts = [self._tables[g][item.choices[:, k]] for k, g in enumerate(item.groups)]
         return np.asarray(np.sum(parts, axis=0), dtype=np.float64)
 
     def _cost(self, widths: Ints) -> float:
@@ -228,7 +228,7 @@ class _Search:
         """Coordinate ascent on value − λ · cost, λ bisected until the budget holds."""
         low, high = 0.0, None
         best = self._smallest_choice()
-        multiplier = float(sum(prefix[-1] for prefix in self._prefix))
+        multiplier = float(sum(table[-1] for table in self._tables))
         for _ in range(40):
             widths = self._sweep(multiplier)
             if self._cost(widths) <= self._keep:
@@ -296,7 +296,7 @@ class _Search:
     def _bound(self, widths: Ints) -> float:
         """Value of the linear relaxation over the leaves, the core as in `widths`; −∞ where the core costs too much."""
         room = self._room(widths)
-        total = sum(self._prefix[g][widths[g]] for n in self._p._core for g in self._p._items[n].groups)
+        total = sum(self._tables[g][widths[g]] for n in self._p._core for g in self._p._items[n].groups)
         gains: list[Floats] = []
         costs: list[Floats] = []
         for number in self._p._leaves:
@@ -392,7 +392,7 @@ class _Search:
                 return widths
             if once:
                 return np.asarray(fitting[int(costs[costs <= self._keep].argmax())])
-            gains = [sum(self._prefix[g][w] for g, w in enumerate(row)) for row in fitting.tolist()]
+            gains = [sum(self._tables[g][w] for g, w in enumerate(row)) for row in fitting.tolist()]
             widths = np.asarray(fitting[int(np.argmax(gains))])
 
     def _exchange(self, widths: Ints) -> Ints:
@@ -420,7 +420,7 @@ class _Search:
 
     def _worth(self, rows: Ints) -> Floats:
         """Value of many width vectors [K, G] ▶ [K]."""
-        parts = [prefix[rows[:, group]] for group, prefix in enumerate(self._prefix)]
+        parts = [table[rows[:, group]] for group, table in enumerate(self._tables)]
         return np.asarray(np.sum(parts, axis=0), dtype=np.float64)
 
     def _narrower(self, widths: Ints) -> Ints:

@@ -397,7 +397,8 @@ class _Search:
 
     def _exchange(self, widths: Ints) -> Ints:
         """Narrow one item and widen another while too much stays unused and no more than SLACK of the value is lost."""
-        floor = self._worth(widths[None])[0] * (1 - SLACK)
+        least = self._worth(widths[None])[0]
+        least -= SLACK * abs(least)  # thin streams may be worth less than nothing
         for _ in range(MAX_EXCHANGES):
             now = self._cost(widths)
             if now >= self._keep * (1 - SLACK):
@@ -411,7 +412,7 @@ class _Search:
             apart = ~((down[first] != 0) & (up[second] != 0)).any(axis=1)
             rows = widths + down[first[apart]] + up[second[apart]]
             costs, worth = self._p.cost.counts(rows) / self._p.cost.dense, self._worth(rows)
-            better = np.flatnonzero((costs <= self._keep) & (costs > now) & (worth >= floor))
+            better = np.flatnonzero((costs <= self._keep) & (costs > now) & (worth >= least))
             if not len(better):
                 break
             near = better[costs[better] >= self._keep * (1 - SLACK)]

@@ -1,4 +1,4 @@
-"""From a finished run to files: networks in every precision, verified; engines, built; a report."""
+"""From a finished run to files: networks in every precision, verified; engines, built."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from chipdeploy.engines.build import BuildOptions, Progress, build_engine, check
 from chipdeploy.engines.target import TENSORRT, Target
 from chipdeploy.engines.trt import CACHE
 from chipdeploy.errors import InputError, RunError, UsageError, VerificationError
-from chipdeploy.export.bundle import check_request, write_bundle
 from chipdeploy.export.choose import choose
 from chipdeploy.export.divergence import first_divergence, first_divergence_from_torch
 from chipdeploy.export.onnx import export_onnx
@@ -30,7 +29,6 @@ from chipdeploy.export.sensitivity import sensitivity
 from chipdeploy.export.verify import TOLERANCES, verify_engine
 from chipdeploy.files import digest
 from chipdeploy.job import prepare
-from chipdeploy.report.page import write_report
 from chipdeploy.result import DATA, PLAN, RESULT, load
 from chipdeploy.run import CONFIG, Run, make_folder, read_json
 from chipdeploy.training.data import ImageData, load_data
@@ -381,60 +379,3 @@ def _metadata(run: Run, data: dict[str, Any], name: str) -> dict[str, str]:
         "chipdeploy.mean": ",".join(f"{value:.8g}" for value in data["mean"]),
         "chipdeploy.std": ",".join(f"{value:.8g}" for value in data["std"]),
     }
-
-
-def bundle_run(run: Run, folder: Path, *, preprocess: bool = False, top_k: int | None = None) -> dict[str, Any]:
-    """Pack the pruned network of an exported run, in its best or else its first precision, with its engines.
-
-    Returns the bundle's manifest.
-
-    Raises:
-        RunError: nothing was exported yet. ExportError: a file was edited since, or the folder cannot be used.
-        UsageError: `top_k` without `preprocess`, or out of range.
-    """
-    exported = read_json(run.check(EXPORT, maker="export"))
-    precision = exported["best"]["precision"] if "best" in exported else exported["asked"]
-    facts = exported if precision == "fp32" else exported["precisions"][precision]
-    engines = [run.file(entry["pruned"]["file"]) for entry in exported["engines"].values()]
-    return write_bundle(
-        folder,
-        run.file(facts["pruned"]["file"]),
-        read_json(run.check(DATA)),
-        engines=engines,
-        preprocess=preprocess,
-        top_k=top_k,
-        max_batch=exported["max_batch"],
-        sha256=facts["pruned"]["sha256"],
-        facts={"precision": precision, "model": Path(run.config["model"]).name, **_metadata_facts(run)},
-    )
-
-
-def check_bundle(run: Run, folder: Path, *, preprocess: bool = False, top_k: int | None = None) -> None:
-    """Raise what `bundle_run` would raise for any network: before an export, not after it.
-
-    Raises:
-        UsageError, ExportError: as `bundle_run`.
-    """
-    place = folder.resolve()
-    if place.is_relative_to(run.path.resolve()):
-        raise UsageError(f"{folder} lies in the run {run.path}; choose a folder of its own for the bundle")
-    check_request(folder, len(read_json(run.check(DATA))["classes"]), preprocess=preprocess, top_k=top_k)
-
-
-def _metadata_facts(run: Run) -> dict[str, Any]:
-    result = read_json(run.check(RESULT))
-    return {"budget": result["budget"], "accuracy": result["accuracy"], "plan_sha256": result["plan_digest"]}
-
-
-def report_run(run: Run) -> Path:
-    """Write report.md and its picture from the artifacts that are there; returns the report's path.
-
-    Raises:
-        RunError: the run is not finished, an artifact was changed or is damaged, or the folder cannot be written.
-    """
-    result = read_json(run.check(RESULT))
-    exported = read_json(run.check(EXPORT, maker="export")) if run.file(EXPORT).is_file() else None
-    measured = run.read_if(BENCH)
-    if measured is not None and not (isinstance(measured, list) and all(isinstance(item, dict) for item in measured)):
-        raise RunError(f"{run.file(BENCH)} is damaged; run 'chipdeploy bench --run {run.path}' again")
-    return write_report(run.path, result, exported, measured, run.metrics())

@@ -25,9 +25,10 @@ def demo(
 ) -> None:
     """Train, prune to 30 % of the FLOPs, export, verify, time and report, on 10,000 embedded images."""
     from chipdeploy.bench import BENCH, EXPORT, bench_run
-    from chipdeploy.deploy import export_run, report_run
+    from chipdeploy.deploy import export_run
     from chipdeploy.report.page import first_line
     from chipdeploy.report.tables import render_table, summary_rows
+    from chipdeploy.reporting import report_run
     from chipdeploy.run import Run
 
     from .bench import comparison

@@ -64,7 +64,8 @@ def export(
     json: options.Json = False,
 ) -> None:
     """Export both networks of a run to ONNX, verify them on real images, and build engines where that is asked for."""
-    from chipdeploy.deploy import Notes, bundle_run, check_bundle, export_run
+    from chipdeploy.bundling import bundle_run, check_bundle
+    from chipdeploy.deploy import Notes, export_run
     from chipdeploy.run import Run
 
     from .progress import steps

@@ -11,7 +11,7 @@ from .output import console, print_json, quoted
 def report(run: options.RunDir = None, runs: options.Runs = Path("runs"), json: options.Json = False) -> None:
     """Write report.md and its picture from what a run has so far."""
     from chipdeploy.bench import BENCH, EXPORT
-    from chipdeploy.deploy import report_run
+    from chipdeploy.reporting import report_run
     from chipdeploy.run import Run
 
     directory = Run.open(run) if run else Run.latest(runs)

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from chipdeploy.bench import bench_run
+from chipdeploy.bundling import bundle_run
 from chipdeploy.config import PruneConfig
 from chipdeploy.dense import train_dense
-from chipdeploy.deploy import ExportOptions, Notes, bundle_run, export_run, onnx_name, report_run
+from chipdeploy.deploy import ExportOptions, Notes, export_run, onnx_name
 from chipdeploy.engines.build import BuildOptions
 from chipdeploy.engines.trt import EngineManifest
 from chipdeploy.errors import (
@@ -30,6 +31,7 @@ from chipdeploy.files import digest
 from chipdeploy.job import prepare
 from chipdeploy.latency.measure import Comparison, headline
 from chipdeploy.pipeline import check_budget, prune
+from chipdeploy.reporting import report_run
 from chipdeploy.result import load
 from chipdeploy.run import Run
 from chipdeploy.training.loop import Silent

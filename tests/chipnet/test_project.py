@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from chipdeploy.chipnet.costs import CostModel
-from chipdeploy.chipnet.project import Projector, value_of_widths
+from chipdeploy.chipnet.project import Projector
+from chipdeploy.chipnet.value import value_of_widths
 from chipdeploy.errors import BudgetError, UsageError
 from chipdeploy.graph.plan import check_mask, group_widths
 from chipdeploy.graph.trace import trace
@@ -80,8 +81,8 @@ def test_alignment_and_least_width_count_channels_not_gates():
     graph = trace(Heads(), torch.randn(2, 3, 8, 8))
     (group,) = graph.groups
     assert (group.size, group.unit) == (8, 4)
-    (item,) = Projector(graph, CostModel.of(graph, "macs"), 16)._items
-    assert item.choices.ravel().tolist() == [4, 8]  # 16 and 32 channels
+    ((_, choices),) = Projector(graph, CostModel.of(graph, "macs"), 16).choices()
+    assert choices.ravel().tolist() == [4, 8]  # 16 and 32 channels
     assert Projector(graph, CostModel.of(graph, "macs"), 1, min_width=9).smallest == pytest.approx(3 / 8, rel=0.01)
 
 

@@ -18,6 +18,7 @@ from chipdeploy.meeting import arrange, step, wanted_goal
 from chipdeploy.report.plots import latency_plot
 from chipdeploy.run import make_folder, write_json
 from chipdeploy.training.models import build_model
+from chipdeploy.training.recipes import recipe
 
 JSON, PICTURE = "calibration.json", "calibration.svg"
 
@@ -54,8 +55,10 @@ def calibrate_model(
     assert meeting and meeting.goal
     profile, align = meeting.profile, step(config, meeting, graph)
     cost = profile.cost(graph)
-    found = curves(graph, cost, align, on_point=on_point)
-    least = cost.count(Projector(graph, cost, align).smallest_widths)
+    power = recipe(config.recipe).schedule.value_power
+    projector = Projector(graph, cost, align, min_width=config.min_width, blocks=config.blocks, power=power)
+    found = curves(projector, cost, on_point=on_point)
+    least = cost.count(projector.smallest_widths)
     goal = meeting.goal
     flag = {"ratio": "--latency", "ms": "--latency-ms", "fps": "--fps"}[goal.kind]
     facts: dict[str, Any] = {

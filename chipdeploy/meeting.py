@@ -51,11 +51,11 @@ class Meeting:
         assert self.goal
         return self.goal.share(self.profile.dense_ms, self.profile.setting.batch)
 
-    def budget(self, graph: ChannelGraph, align: int) -> Budget:
+    def budget(self, projector: Projector) -> Budget:
         """What the soft phase keeps to: the latency itself, or the FLOPs that are predicted to give it."""
         if self.via != VIA_FLOPS:
             return Budget(LATENCY, self.share)
-        curve = curves(graph, self.profile.cost(graph), align, kinds=(VIA_FLOPS,))[0]
+        curve = curves(projector, self.profile.cost(projector.graph), kinds=(VIA_FLOPS,))[0]
         return Budget(VIA_FLOPS, min(0.99, curve.at(self.share)[0]))
 
     def settle(self, model: nn.Module, chip: ChipNet, project: Project, on_try: OnTry | None = None) -> Met:

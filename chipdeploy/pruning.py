@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from chipdeploy import checkpoint
+from chipdeploy.chipnet.project import Projector
 from chipdeploy.chipnet.soft import LATENCY, Budget, ChipNet
 from chipdeploy.config import PruneConfig
 from chipdeploy.errors import RunError
@@ -91,9 +92,17 @@ class Pruning:
             return Budget(self.config.kind, self.config.keep), step(self.config)
         graph = trace(model, self.job.example, exclude=self.config.exclude)
         align = step(self.config, self.meeting, graph)
-        if self.meeting.goal:
-            return self.meeting.budget(graph, align), align
-        return Budget(self.config.kind, self.config.keep), align
+        if not self.meeting.goal:
+            return Budget(self.config.kind, self.config.keep), align
+        projector = Projector(
+            graph,
+            self.meeting.profile.cost(graph),
+            align,
+            min_width=self.config.min_width,
+            blocks=self.config.blocks,
+            power=self.job.recipe.schedule.value_power,
+        )
+        return self.meeting.budget(projector), align
 
     def _settle(self, chip: ChipNet) -> None:
         """Replace the plan by one whose measured time meets the goal, and whose engine fits the size.

@@ -128,9 +128,9 @@ class Sizing:
             if projector.smallest > tightness:
                 return None if best is None else best[1]
             mask = projector.project(scores, tightness)
-            cheap = cost.count(group_widths(self._graph, mask)) <= keep * cost.dense
-            fits = self.fits(mask)
-            value = float(scores[mask].sum())
+            widths, fits = group_widths(self._graph, mask), self.fits(mask)
+            cheap = cost.count(widths) <= keep * cost.dense
+            value = self._projector.value(scores, widths)
             if cheap and fits and (best is None or value > best[0]):
                 best = value, mask
             # Where both hold, less weight on the size leaves more of what the budget pays for.

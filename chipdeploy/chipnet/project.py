@@ -81,6 +81,10 @@ class Projector:
         """
         return self.top(scores, self.widths(scores, keep, start=start))
 
+    def value(self, scores: Floats, widths: Ints) -> float:
+        """What a plan of widths [G] is worth to the search."""
+        return float(Value(self.graph, scores, self._power).of(widths[None])[0])
+
     def top(self, scores: Floats, widths: Ints) -> Mask:
         """The best-scored channels of every group; equal scores fall to the lower channel number."""
         mask = np.zeros(self.graph.channels, dtype=np.bool_)

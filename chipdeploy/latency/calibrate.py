@@ -11,7 +11,6 @@ import numpy as np
 from chipdeploy.chipnet.costs import BUDGETS, CostModel, Floats
 from chipdeploy.chipnet.project import Projector
 from chipdeploy.errors import BudgetError
-from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.latency.predict import LatencyCost
 
 POINTS = 10  # of a curve
@@ -51,24 +50,28 @@ class Curve:
 
 
 def curves(
-    graph: ChannelGraph,
+    projector: Projector,
     cost: LatencyCost,
-    align: int,
     *,
     kinds: tuple[str, ...] = KINDS,
     on_point: Callable[[int, int], None] | None = None,
 ) -> list[Curve]:
-    """Latency against every kind of budget, for widths in steps of `align`."""
+    """Latency against every kind of budget.
+
+    Args:
+        projector: by which plans are found; its steps and least widths hold under every budget.
+    """
+    graph = projector.graph
     draws = [np.ones(graph.channels)]
     draws += [np.random.default_rng(seed).lognormal(0.0, 1.0, graph.channels) for seed in range(1, DRAWS)]
     found, done = [], 0
     for kind in kinds:
-        projector = Projector(graph, CostModel.of(graph, BUDGETS[kind]), align)
-        keeps = np.geomspace(max(projector.smallest * 1.02, 0.01), LARGEST, POINTS)
+        under = projector.under(CostModel.of(graph, BUDGETS[kind]))
+        keeps = np.geomspace(max(under.smallest * 1.02, 0.01), LARGEST, POINTS)
         ratios = np.empty((DRAWS, POINTS))
         for point, keep in enumerate(keeps):
             for number, scores in enumerate(draws):
-                ratios[number, point] = cost.count(projector.widths(scores, float(keep)))
+                ratios[number, point] = cost.count(under.widths(scores, float(keep)))
             done += 1
             if on_point:
                 on_point(done, len(kinds) * POINTS)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Learning rate and distillation of a prune, for dense networks trained long and briefly.
+"""Learning rate, distillation, soft epochs and value law of a prune, for dense networks trained long and briefly.
 
     recipe_ablation.py --out results/recipe.json
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 from compare import append
 from make_fashion_mini import TRAIN_PER_CLASS, first_of_each_class
 
+from chipdeploy.chipnet.schedule import Schedule
 from chipdeploy.config import PruneConfig
 from chipdeploy.dense import train_dense
 from chipdeploy.job import Job, prepare
@@ -29,6 +31,7 @@ from chipdeploy.pipeline import prune
 from chipdeploy.result import load
 from chipdeploy.run import Run, read_json, write_json
 from chipdeploy.training.loop import Silent, evaluate
+from chipdeploy.training.recipes import recipe
 from chipdeploy.training.sources import read_fashion_mnist
 from chipdeploy.training.splits import MemorySplit
 from chipdeploy.training.weights import load_weights
@@ -39,9 +42,16 @@ EPOCHS, RATES, WEIGHTS = "10,40", "0.05,0.02", "0,0.7"
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    epochs, rates, weights, seeds = (
+    epochs, rates, weights, softs, powers, seeds = (
         [float(value) for value in text.split(",")]
-        for text in (options.dense_epochs, options.rates, options.weights, options.seeds)
+        for text in (
+            options.dense_epochs,
+            options.rates,
+            options.weights,
+            options.softs,
+            options.powers,
+            options.seeds,
+        )
     )
     if not options.out.is_file():
         write_json(options.out, {"schema": 1, "environment": environment(), "cells": []})
@@ -52,8 +62,9 @@ def main() -> None:
         model = job.model()
         load_weights(model, dense)
         of_dense = {"dense_epochs": dense_epochs, "dense_unseen": evaluate(model, unseen, job.device)}
-        for seed, rate, weight in product(seeds, rates, weights):
-            cell = {**of_dense, "keep": options.keep, "seed": int(seed), "lr": rate, "distill": weight}
+        for seed, rate, weight, soft, power in product(seeds, rates, weights, softs, powers):
+            cell = {**of_dense, "keep": options.keep, "align": options.align, "seed": int(seed)}
+            cell |= {"lr": rate, "distill": weight, "soft": int(soft), "total": options.total, "value_power": power}
             if any(cell.items() <= row.items() for row in read_json(options.out)["cells"]):
                 continue
             row = cell | _pruned(job, cell, dense, unseen)
@@ -65,6 +76,10 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--keep", type=float, default=0.3)
+    parser.add_argument("--align", type=int, default=16)
+    parser.add_argument("--softs", default=str(recipe("default").soft_epochs), help="epochs with soft gates")
+    parser.add_argument("--powers", default=str(Schedule.value_power), help="of the value's law")
+    parser.add_argument("--total", type=int, default=11, help="epochs of soft pruning and finetune together")
     parser.add_argument("--dense-epochs", default=EPOCHS)
     parser.add_argument("--rates", default=RATES)
     parser.add_argument("--weights", default=WEIGHTS, help="of the teacher")
@@ -87,8 +102,11 @@ def _unseen(job: Job, root: Path | None) -> MemorySplit:
 def _pruned(job: Job, cell: dict[str, float], dense: Path, unseen: MemorySplit) -> dict[str, float]:
     started = time.monotonic()
     assert isinstance(job.config, PruneConfig)
-    config = job.config.model_copy(update={key: cell[key] for key in ("seed", "lr", "distill")})
-    one = Job(config, job.data, job.recipe, job.device)
+    same = {key: cell[key] for key in ("align", "seed", "lr", "distill")}
+    lengths = {"soft_epochs": cell["soft"], "finetune_epochs": cell["total"] - cell["soft"]}
+    config = job.config.model_copy(update=same | lengths)
+    schedule = replace(job.recipe.schedule, value_power=cell["value_power"])
+    one = Job(config, job.data, replace(job.recipe, schedule=schedule), job.device)
     with tempfile.TemporaryDirectory() as work:
         run = Run.create(Path(work), "prune", config.model_dump())
         prune(config, one, run, dense, Silent())

@@ -152,6 +152,7 @@ def add_options(
     parser.add_argument("--data", required=True)
     parser.add_argument("--model", default=model)
     parser.add_argument("--weights")
+    parser.add_argument("--own", action="store_true", help="--weights are of --dense-epochs of training elsewhere")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", default=methods)
     parser.add_argument("--seeds", default="0")
@@ -171,7 +172,7 @@ def header(options: argparse.Namespace) -> dict[str, Any]:
     kept = ("model", "total", "soft", "dense_epochs", "scratch_epochs")
     data = Path(options.data.partition(":")[2] or options.data).name
     settings = {key: getattr(options, key) for key in kept if hasattr(options, key)}
-    settings |= {"data": data, "given_weights": bool(options.weights)}
+    settings |= {"data": data, "given_weights": bool(options.weights) and not options.own}
     settings["batch"] = recipe("default").batch
     return {"schema": 1, "settings": settings, "environment": environment(), "cells": []}
 

@@ -96,7 +96,7 @@ def section(path: Path) -> str:
     lines = [
         f"{settings['model']} on {settings['data']}, dense {store['dense_test']:.2%}, from {start}; "
         f"{settings['total']} epochs in all for every method, {settings['soft']} of them soft in chipdeploy; "
-        "one run each where no number is given. "
+        "one run each where no number is given, the highest accuracy in bold. "
         f"Time: ONNX Runtime, one thread, as a share of the dense network's ({timed}). Trained on: {trained}. "
         f"Raw data: `{path.relative_to(ROOT)}`.",
         "",
@@ -107,16 +107,22 @@ def section(path: Path) -> str:
     for cell in store["cells"]:
         groups.setdefault((-cell["keep"], cell["method"]), []).append(cell)
     order = list(NAMES)
+    best = {keep: max(tested(cells) for (at, _), cells in groups.items() if at == keep) for keep, _ in groups}
     for (keep, method), cells in sorted(groups.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
         kept = mean(cell["macs"] for cell in cells)
         name = NAMES[method] + (f"; reaches {kept:.2f} only" if kept > -keep else "")
-        lines.append(f"| {-keep:g} | {name} | {accuracy(cells)} | {times(cells)} | {share(cells, 'params')} |")
+        right = accuracy(cells, bold=tested(cells) == best[keep])
+        lines.append(f"| {-keep:g} | {name} | {right} | {times(cells)} | {share(cells, 'params')} |")
     return "\n".join(lines)
 
 
-def accuracy(cells: list[dict[str, Any]]) -> str:
+def tested(cells: list[dict[str, Any]]) -> float:
+    return mean(cell["test"] for cell in cells)
+
+
+def accuracy(cells: list[dict[str, Any]], *, bold: bool) -> str:
     values = [100 * cell["test"] for cell in cells]
-    text = f"{mean(values):.2f} %"
+    text = f"**{mean(values):.2f} %**" if bold else f"{mean(values):.2f} %"
     return text if len(values) == 1 else f"{text} ({len(values)} runs, {min(values):.2f}-{max(values):.2f})"
 
 

@@ -1,8 +1,8 @@
 """The most valuable widths whose cost stays under a budget.
 
 Given the widths of a few *core* items (residual streams, every second layer of a chain) the rest, the leaves, do not
-interact, and choosing their widths is a multiple-choice knapsack, solved exactly. The core is found by Lagrangian
-coordinate ascent, then improved by hill climbing over the knapsack's own bound.
+interact, and choosing their widths is a multiple-choice knapsack, solved exactly over a finely binned budget. The core
+is found by Lagrangian coordinate ascent, then improved by hill climbing over the knapsack's own bound.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from chipdeploy import checkpoint
 from chipdeploy.chipnet.costs import CostModel
 from chipdeploy.chipnet.project import Projector
 from chipdeploy.config import PruneConfig
@@ -200,7 +201,8 @@ def _run(cell: dict[str, Any], job: Job, dense: Path, files: Path, options: argp
         if method == "scratch":
             epochs = options.scratch_epochs or options.dense_epochs + options.total
         teacher = None if method == "scratch" else job.teacher(dense_network(job, dense))
-        finetune(job, small, epochs, teacher, fast=method == "scratch")
+        saved = files / f"{_file_name(cell)}.partial" if method == "scratch" else None
+        finetune(job, small, epochs, teacher, saved=saved)
         facts["epochs"] = epochs
     seconds = time.monotonic() - started
     facts |= _count(model, small, job) | {"seconds": round(seconds), "machine": machine(job)}
@@ -223,18 +225,31 @@ def export(job: Job, network: nn.Module, path: Path) -> Path:
     return path
 
 
-def finetune(job: Job, model: nn.Module, epochs: int, teacher: Teacher | None, *, fast: bool = False) -> None:
+def finetune(job: Job, model: nn.Module, epochs: int, teacher: Teacher | None, *, saved: Path | None = None) -> None:
     """The default recipe's own finetune, from its first step to its last.
 
-    fast: on a GPU the network's kernels are launched as CUDA graphs, worth it for a long training of a small network.
+    saved: a checkpoint, written after every epoch and found again: for a training of hours. On a GPU such a network's
+    kernels are launched as CUDA graphs as well, which takes long to set up.
     """
-    optimizer, total = job.optimizer(model), epochs * job.steps
+    optimizer, total, first = job.optimizer(model), epochs * job.steps, 0
+    if saved and saved.is_file():
+        tensors, facts = checkpoint.load(saved)
+        if facts["total"] != epochs:
+            raise SystemExit(f"{saved} is of {facts['total']} epochs, not {epochs}; delete it or give these again")
+        checkpoint.unpack("model", tensors, model)
+        checkpoint.unpack("optimizer", tensors, optimizer)
+        first = facts["done"]
     network = model
-    if fast and job.device.type == "cuda":
+    if saved and job.device.type == "cuda":
         network = torch.compile(model, mode="reduce-overhead")  # type: ignore[assignment]
-    for epoch in range(epochs):
+    for epoch in range(first, epochs):
         rate = lambda step, before=epoch * job.steps: job.rate(before + step, total)  # noqa: E731
         job.epoch(network, optimizer, epoch, rate, Silent(), teacher=teacher)
+        if saved:
+            tensors = checkpoint.pack("model", model) | checkpoint.pack("optimizer", optimizer)
+            checkpoint.save(saved, tensors, {"done": epoch + 1, "total": epochs})
+    if saved:
+        saved.unlink()
 
 
 def _chipnet(job: Job, dense: Path, *, align: int) -> tuple[nn.Module, dict[str, Any]]:

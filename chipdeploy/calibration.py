@@ -8,17 +8,15 @@ from typing import Any
 
 import torch
 
-from chipdeploy.chipnet.project import Projector
 from chipdeploy.config import PruneConfig
 from chipdeploy.errors import UsageError
 from chipdeploy.graph.trace import trace
 from chipdeploy.latency.calibrate import curves
 from chipdeploy.latency.profiling import OnRound
-from chipdeploy.meeting import arrange, step, wanted_goal
+from chipdeploy.meeting import arrange, projector_of, step, wanted_goal
 from chipdeploy.report.plots import latency_plot
 from chipdeploy.run import make_folder, write_json
 from chipdeploy.training.models import build_model
-from chipdeploy.training.recipes import recipe
 
 JSON, PICTURE = "calibration.json", "calibration.svg"
 
@@ -53,10 +51,9 @@ def calibrate_model(
     graph = trace(model, example, exclude=config.exclude)
     meeting = arrange(config, model, graph, folder=profiles, on_round=on_round, tell=tell)
     assert meeting and meeting.goal
-    profile, align = meeting.profile, step(config, meeting, graph)
+    profile = meeting.profile
     cost = profile.cost(graph)
-    power = recipe(config.recipe).schedule.value_power
-    projector = Projector(graph, cost, align, min_width=config.min_width, blocks=config.blocks, power=power)
+    projector = projector_of(config, graph, cost, meeting)
     found = curves(projector, cost, on_point=on_point)
     least = cost.count(projector.smallest_widths)
     goal = meeting.goal
@@ -66,7 +63,7 @@ def calibrate_model(
         "goal": meeting.text(),
         "share": meeting.share,
         "dense_ms": profile.dense_ms,
-        "align": align,
+        "align": step(config, meeting, graph),
         "spread": cost.spread,
         "machine": profile.machine,
         "foreign": meeting.foreign,

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from chipdeploy.chipnet.costs import Floats
+from chipdeploy.chipnet.costs import Cost, Floats
 from chipdeploy.chipnet.project import Projector
+from chipdeploy.chipnet.schedule import Schedule
 from chipdeploy.chipnet.soft import LATENCY, Budget, ChipNet
 from chipdeploy.config import DEFAULT_ALIGN, PruneConfig
 from chipdeploy.engines.target import Target
@@ -24,6 +25,7 @@ from chipdeploy.latency.profiling import OnRound, measure_profile
 from chipdeploy.latency.rig import Rig, Setting
 from chipdeploy.latency.store import by_name, matching, place
 from chipdeploy.run import Run, make_folder
+from chipdeploy.training.recipes import recipe
 
 PROFILE, MEASURED = "profile.json", "latency.json"
 Project = Callable[[Floats, float], Mask]
@@ -127,9 +129,7 @@ def arrange(
     meeting = Meeting(goal, profile, config.via, profile.foreign(here))
     if goal:
         cost = profile.cost(graph)
-        align = step(config, meeting, graph)
-        projector = Projector(graph, cost, align, min_width=config.min_width, blocks=config.blocks)
-        check_reach(projector, cost, meeting.share, profile.dense_ms)
+        check_reach(projector_of(config, graph, cost, meeting), cost, meeting.share, profile.dense_ms)
     return meeting
 
 
@@ -143,6 +143,28 @@ def step(config: PruneConfig, meeting: Meeting | None = None, graph: ChannelGrap
     if isinstance(config.align, int):
         return config.align
     return meeting.profile.align(graph) if meeting and graph else DEFAULT_ALIGN
+
+
+def projector_of(
+    config: PruneConfig,
+    graph: ChannelGraph,
+    cost: Cost,
+    meeting: Meeting | None = None,
+    schedule: Schedule | None = None,
+) -> Projector:
+    """The search among the plans that a configuration allows.
+
+    schedule: that of the run, where it is not the one of the recipe that the configuration names.
+    """
+    schedule = schedule or recipe(config.recipe).schedule
+    return Projector(
+        graph,
+        cost,
+        step(config, meeting, graph),
+        min_width=config.min_width,
+        blocks=config.blocks,
+        power=schedule.value_power,
+    )
 
 
 def _named(config: PruneConfig, folder: Path, run: Path | None) -> LatencyProfile | None:

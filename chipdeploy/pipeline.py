@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from chipdeploy import checkpoint
 from chipdeploy.chipnet.costs import UNITS, CostModel
-from chipdeploy.chipnet.project import Projector
 from chipdeploy.chipnet.soft import Budget
 from chipdeploy.config import PruneConfig
 from chipdeploy.errors import ModelError
@@ -23,7 +22,7 @@ from chipdeploy.graph.trace import trace
 from chipdeploy.job import Job
 from chipdeploy.latency.profiling import OnRound
 from chipdeploy.latency.store import FOLDER
-from chipdeploy.meeting import MEASURED, PROFILE, Meeting, arrange, keep_profile, step
+from chipdeploy.meeting import MEASURED, PROFILE, Meeting, arrange, keep_profile, projector_of
 from chipdeploy.pruning import Pruning
 from chipdeploy.result import DATA, DENSE, PLAN, PRUNED, RESULT, describe_data, summarise
 from chipdeploy.run import CONFIG, Run
@@ -64,9 +63,7 @@ def check_budget(
         return f"take at most {meeting.text()}{size}", meeting
     budget = Budget(config.kind, config.keep)
     cost = CostModel.of(graph, budget.cost)
-    align = step(config, meeting, graph)
-    projector = Projector(graph, cost, align, min_width=config.min_width, blocks=config.blocks)
-    projector.check(config.keep)
+    projector_of(config, graph, cost, meeting).check(config.keep)
     unit = UNITS[budget.cost]
     text = f"keep at most {config.keep:.4g} of the {unit}: {config.keep * cost.dense:,.0f} of {cost.dense:,.0f}"
     return text + size, meeting
@@ -77,9 +74,7 @@ def _check_size(config: PruneConfig, model: nn.Module, graph: ChannelGraph) -> s
 
     The smallest plan is the same whatever is budgeted, so this needs no profile.
     """
-    projector = Projector(
-        graph, CostModel.of(graph, "params"), step(config), min_width=config.min_width, blocks=config.blocks
-    )
+    projector = projector_of(config, graph, CostModel.of(graph, "params"))
     # A file holds equal tensors once, and those of a fresh network are equal: trained ones take more.
     sizing = Sizing.of(config, randomize(copy.deepcopy(model)), projector)
     if sizing is None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from chipdeploy import checkpoint
-from chipdeploy.chipnet.project import Projector
 from chipdeploy.chipnet.soft import LATENCY, Budget, ChipNet
 from chipdeploy.config import PruneConfig
 from chipdeploy.errors import RunError
@@ -22,7 +21,7 @@ from chipdeploy.graph.surgery import hard_prune
 from chipdeploy.graph.trace import trace
 from chipdeploy.job import Job
 from chipdeploy.latency.meet import TRIES
-from chipdeploy.meeting import Meeting, step
+from chipdeploy.meeting import Meeting, projector_of, step
 from chipdeploy.run import Run
 from chipdeploy.sizing import Sizing
 from chipdeploy.training.loop import Watcher, evaluate, renew_norms
@@ -94,14 +93,8 @@ class Pruning:
         align = step(self.config, self.meeting, graph)
         if not self.meeting.goal:
             return Budget(self.config.kind, self.config.keep), align
-        projector = Projector(
-            graph,
-            self.meeting.profile.cost(graph),
-            align,
-            min_width=self.config.min_width,
-            blocks=self.config.blocks,
-            power=self.job.recipe.schedule.value_power,
-        )
+        cost = self.meeting.profile.cost(graph)
+        projector = projector_of(self.config, graph, cost, self.meeting, self.job.recipe.schedule)
         return self.meeting.budget(projector), align
 
     def _settle(self, chip: ChipNet) -> None:

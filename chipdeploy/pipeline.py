@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from chipdeploy import checkpoint
 from chipdeploy.chipnet.costs import UNITS, CostModel
 from chipdeploy.chipnet.soft import Budget
 from chipdeploy.config import PruneConfig
+from chipdeploy.copying import copied
 from chipdeploy.errors import ModelError
 from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.loud import randomize
@@ -76,7 +76,7 @@ def _check_size(config: PruneConfig, model: nn.Module, graph: ChannelGraph) -> s
     """
     projector = projector_of(config, graph, CostModel.of(graph, "params"))
     # A file holds equal tensors once, and those of a fresh network are equal: trained ones take more.
-    sizing = Sizing.of(config, randomize(copy.deepcopy(model)), projector)
+    sizing = Sizing.of(config, randomize(copied(model)), projector)
     if sizing is None:
         return ""
     with sizing:

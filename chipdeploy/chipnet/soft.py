@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import exp
 from typing import Any
@@ -16,11 +17,13 @@ from chipdeploy.chipnet.costs import BUDGETS, Cost, CostModel
 from chipdeploy.chipnet.gates import crisp_share, crispness, half_point, heaviside, logistic, rounding
 from chipdeploy.chipnet.project import Projector
 from chipdeploy.chipnet.schedule import Schedule
+from chipdeploy.copying import copied
 from chipdeploy.errors import UsageError
 from chipdeploy.graph.channels import ChannelGraph, Mask
-from chipdeploy.graph.gating import Gating, gated_call
+from chipdeploy.graph.gating import Gating, gated_call, no_checkpointing
 from chipdeploy.graph.labels import Ints
 from chipdeploy.graph.plan import PrunePlan, group_widths
+from chipdeploy.graph.proof import Trials
 from chipdeploy.graph.trace import Example, trace
 
 LATENCY = "latency"
@@ -104,7 +107,9 @@ class ChipNet(nn.Module):
         power = self.schedule.value_power
         self.projector = Projector(self.graph, self.cost, align, min_width=min_width, blocks=blocks, power=power)
         self.projector.check(budget.keep)
-        device = (example[0] if isinstance(example, tuple) else example).device
+        self._inputs = example if isinstance(example, tuple) else (example,)
+        self._proven: set[bytes] = set()
+        device = self._inputs[0].device
         self._gating = Gating(self.graph, device)
         self._soft_cost = self.cost.soft(device)
         self._steps, self._step = steps, 0
@@ -122,7 +127,7 @@ class ChipNet(nn.Module):
         self._fade = 1.0 - 0.01 ** (1.0 / max(1.0, settled_steps / 2))
         rate = self.schedule.logit_travel / self._steps
         self.optimizer = torch.optim.AdamW([self.logits], lr=rate, weight_decay=self.schedule.logit_decay)
-        self._begun = self._settled = False
+        self._begun = self._settled = self._checked = False
         self._last: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -140,12 +145,20 @@ class ChipNet(nn.Module):
         return self.schedule.projected and self.progress >= self.schedule.settle
 
     def forward(self, *inputs: Tensor) -> Any:
-        """The gated network's output."""
+        """The gated network's output.
+
+        Raises:
+            UsageError: the model checkpoints activations, seen in the first training step.
+        """
         curve, gates = self._gates()
         if gates.requires_grad:
             gates.retain_grad()
         self._last = (curve, gates)
-        return gated_call(self.model, self._gating, gates, *inputs)
+        looked_at = self._checked or not (self.model.training and torch.is_grad_enabled())
+        with nullcontext() if looked_at else no_checkpointing():
+            output = gated_call(self.model, self._gating, gates, *inputs)
+        self._checked = self._checked or not looked_at
+        return output
 
     def loss(self, task: Tensor) -> Tensor:
         """task + α1 · crispness + α2 · (V − V0)², of the gates of the last forward pass."""
@@ -191,25 +204,32 @@ class ChipNet(nn.Module):
         return float(crisp_share(self.gates()))
 
     def plan(self) -> PrunePlan:
-        """The best plan under the budget, by ψ; from `settle` on the one that was found last. Never over the budget."""
+        """The best plan under the budget, by ψ; from `settle` on the one that was found last. Never over the budget.
+
+        Raises:
+            ModelError: the network cut by this plan would not equal the gated one, which the trials did not show.
+        """
         mask = self._planned.cpu().numpy() if self._settled else self._mask(self.budget.keep)
+        self._prove(mask)
         return PrunePlan.from_mask(self.graph, mask)
 
     def folded(self, plan: PrunePlan | None = None) -> nn.Module:
         """A copy of the model with the gates of the channels that the plan keeps multiplied into its weights.
 
         It is made to be cut by `plan`, by default this network's own: nothing is lost then but what closed gates let
-        through. Before the cut the other channels stand in it at full strength.
+        through. Before the cut the other channels stand in it at full strength. Raises ModelError as `plan` does.
         """
-        copied = copy.deepcopy(self.model)
-        parameters = dict(copied.named_parameters())
+        small = copied(self.model)
+        parameters = dict(small.named_parameters())
         with torch.no_grad():
-            own = self._kept(self.plan())
-            kept = own if plan is None else own & self._kept(plan)  # what only another plan keeps has closed gates
+            kept = self._kept(self.plan())
+            if plan is not None:
+                self._prove(plan.mask(self.graph))
+                kept &= self._kept(plan)  # what only another plan keeps has closed gates
             gates = torch.where(kept, self.gates(), 1.0)
             for name, scaled in self._gating.fold(gates, parameters).items():
                 parameters[name].copy_(scaled)
-        return copied
+        return small
 
     def get_extra_state(self) -> Tensor:
         """The place in the schedule, int64 [3]: it travels with `state_dict`."""
@@ -224,18 +244,25 @@ class ChipNet(nn.Module):
         # The gates of the last forward pass belong to its autograd graph and cannot be copied.
         last, self._last = self._last, None
         try:
-            copied = self.__class__.__new__(self.__class__)
-            memo[id(self)] = copied
-            copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+            twin = self.__class__.__new__(self.__class__)
+            memo[id(self)] = twin
+            copied(self.model, memo)
+            twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
         finally:
             self._last = last
-        return copied
+        return twin
 
     def _seen(self) -> tuple[Tensor, Tensor]:
         """Curve and gates of the last forward pass."""
         if self._last is None:
             raise UsageError("no forward pass yet; call the ChipNet on a batch before its loss() and step()")
         return self._last
+
+    def _prove(self, mask: Mask) -> None:
+        """No trial sees every plan: code that compares numbers of channels may go another way by this one."""
+        if mask.tobytes() not in self._proven:
+            Trials(self.model, self._inputs).check(self.graph, mask)
+            self._proven.add(mask.tobytes())
 
     def _kept(self, plan: PrunePlan) -> Tensor:
         mask = plan.mask(self.graph)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chipdeploy.copying import copied
 from chipdeploy.engines.base import Images, LayerTime, check_images, check_options, check_threads, engine
 from chipdeploy.engines.cuda import Replay, require_gpu
 from chipdeploy.engines.target import CPU, Target
@@ -37,7 +37,7 @@ class TorchEngine:
             require_gpu(target.name)
         self.target, self.threads = target, threads
         self._type = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[target.precision]
-        network = copy.deepcopy(model).to(target.device, self._type).eval()
+        network = copied(model).to(target.device, self._type).eval()
         self._network: Callable[[Tensor], Tensor] = network.to(memory_format=torch.channels_last)
         if target.mode == "compile":
             self._network = torch.compile(self._network, mode="max-autotune-no-cudagraphs" if target.on_gpu else None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import inspect
 import re
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from chipdeploy.copying import copied
 from chipdeploy.errors import ExportError, UsageError
 from chipdeploy.files import atomic, digest
 from chipdeploy.quiet import quiet
@@ -179,7 +179,7 @@ def _traced(model: nn.Module, inputs: tuple[Tensor, ...], max_batch: int) -> tup
 
     with step("trace the network"), quiet():
         # Channels last would be traced as arithmetic on shapes.
-        network = copy.deepcopy(model).cpu().float().eval().to(memory_format=torch.contiguous_format)
+        network = copied(model).cpu().float().eval().to(memory_format=torch.contiguous_format)
         # A batch of 1 would be taken for a constant.
         pairs = tuple(value[:2].clone() if len(value) > 1 else torch.cat([value, value]) for value in inputs)
         batch = torch.export.Dim(BATCH, min=1, max=max_batch)
@@ -190,18 +190,19 @@ def _traced(model: nn.Module, inputs: tuple[Tensor, ...], max_batch: int) -> tup
 
 def _converted(program: ExportedProgram, shapes: Any) -> Any:
     """The program as an `onnx.ModelProto`, with names that tools can rely on."""
+    _refuse_lost(program)
     with step("convert the network to ONNX"), quiet():
         inputs = _input_names(program)
         outputs = _output_names(program, inputs)
         # The exporter does not look whether a value inside has the name already.
-        while_made = outputs if len(outputs) == 1 else [f"{index}:{name}" for index, name in enumerate(outputs)]
+        made = {name: f"{index}:{name}" for index, name in enumerate((*inputs, *outputs))}
         converted = torch.onnx.export(
             program,
             dynamo=True,
             optimize=True,  # The TensorRT parser needs the folded graph.
             opset_version=OPSET,
-            input_names=inputs,
-            output_names=while_made,
+            input_names=[made[name] for name in inputs],
+            output_names=[made[name] for name in outputs],
             dynamic_shapes=pytree.tree_map(lambda _: BATCH, shapes),
             external_data=False,
             verbose=False,
@@ -209,12 +210,20 @@ def _converted(program: ExportedProgram, shapes: Any) -> Any:
         if converted is None:
             raise RuntimeError("torch.onnx.export returned nothing")
         proto = converted.model_proto
-        if while_made != outputs:
-            inside = {f"{name}_inside": name for name in outputs}
-            _rename(
-                proto.graph, {name: new for new, name in inside.items()} | dict(zip(while_made, outputs, strict=True))
-            )
+        inside = {name: f"{name}_inside" for name in made}
+        _rename(proto.graph, inside | {new: name for name, new in made.items()})
         return proto
+
+
+def _refuse_lost(program: ExportedProgram) -> None:
+    """Raises ExportError for what PyTorch's exporter drops without a word."""
+    for node in program.graph.nodes:
+        name = str(node.target)
+        if node.op == "call_function" and "avg_pool" in name and len(node.args) > 6 and node.args[6] is not None:
+            raise ExportError(
+                f"{node.name} divides by divisor_override={node.args[6]}, which PyTorch's exporter drops; "
+                "pool without it, and multiply by the constant that is missing"
+            )
 
 
 def _input_names(program: ExportedProgram) -> list[str]:
@@ -258,7 +267,7 @@ def _rename(graph: Any, names: Mapping[str, str]) -> None:
         for attribute in node.attribute:
             for inner in (*attribute.graphs, attribute.g):
                 _rename(inner, names)
-    for value in (*graph.output, *graph.value_info, *graph.initializer):
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
         value.name = names.get(value.name, value.name)
 
 

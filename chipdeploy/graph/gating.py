@@ -6,6 +6,7 @@ z · weight. A branch whose groups are all closed yields nothing: its last affin
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
+from chipdeploy.errors import UsageError
 from chipdeploy.graph.channels import KEPT, ChannelGraph, Slot
 from chipdeploy.graph.labels import Ints
 from chipdeploy.graph.living import LivingWeight
@@ -118,6 +121,28 @@ def gated_call(model: nn.Module, gating: Gating, gates: Tensor, *inputs: Tensor)
     own = dict(model.named_parameters())
     with swapped(model, {own[name]: tensor for name, tensor in gating(gates, own).items()}):
         return model(*inputs)
+
+
+@contextmanager
+def no_checkpointing() -> Iterator[None]:
+    """Raises UsageError where a layer of a gated network runs in `torch.utils.checkpoint`: the backward pass would run
+    it once more, without its gates, and the gradients would be another network's."""
+
+    def look(*_: object) -> None:
+        frame = sys._getframe()
+        while frame.f_back is not None:
+            frame = frame.f_back
+            if frame.f_code.co_filename == checkpoint.__file__:
+                raise UsageError(
+                    "the model checkpoints activations, which runs layers again without their gates; switch it off "
+                    "for soft pruning, the finetune may use it"
+                )
+
+    handle = nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _places(graph: ChannelGraph, slot: Slot) -> Ints:

@@ -37,6 +37,9 @@ class HeadwiseAttention(nn.MultiheadAttention):
             raise NotImplementedError(
                 "a pruned attention takes no key_padding_mask; leave it out, or exclude the layer"
             )
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            # True is left out here, and read in PyTorch's product.
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(attn_mask, -torch.inf)
         q, k, v = (part.transpose(-3, -2) for part in self._projected(query, key, value))
         dropout = self.dropout if self.training else 0.0
         weights: Tensor | None = None

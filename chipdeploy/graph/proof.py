@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from chipdeploy.copying import copied
 from chipdeploy.errors import InputError, ModelError
-from chipdeploy.graph.channels import ChannelGraph, Mask
-from chipdeploy.graph.copying import copied
+from chipdeploy.graph.channels import KEPT, ChannelGraph, Mask
 from chipdeploy.graph.gating import Gating, gated_call, swapped
+from chipdeploy.graph.labels import Ints
 from chipdeploy.graph.loud import randomize
 from chipdeploy.graph.plan import PrunePlan
 from chipdeploy.graph.surgery import hard_prune
@@ -29,6 +29,7 @@ COARSE = 1e-2  # for any other type
 # Gates of every group in trials of equal widths: code may ask whether two shapes are one, or for an even number.
 EQUAL = (8, 2)
 MOST_EQUAL = 6
+MOST_JOINED = 8
 # What networks raise on tensors that they were not made for.
 ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError)
 
@@ -81,6 +82,15 @@ class Trials:
                 return Failure(found.text, found.path, trial.mask, trial.dead, trial.vanished)
         return self._in_training(graph)
 
+    def check(self, graph: ChannelGraph, mask: Mask) -> None:
+        """Raises ModelError where the cut by this very plan goes wrong, with a group that is to be kept."""
+        try:
+            self._compare(graph, Gating(graph, self.inputs[0].device), mask, self.inputs)
+        except Stopped as found:
+            group = self.culprit(graph, mask)
+            keep = "" if group is None else f"; keep {graph.groups[group].name!r} whole by --exclude"
+            raise ModelError(f"the plan that was found cannot be cut: {found.text}{keep}") from found
+
     def culprit(self, graph: ChannelGraph, mask: Mask) -> int | None:
         """A group whose cut, on top of others, makes a failing plan fail; None where the whole network fails."""
         gating = Gating(graph, self.inputs[0].device)
@@ -123,7 +133,7 @@ class Trials:
         on_gpu = [self.inputs[0].device] if self.inputs[0].is_cuda else []
         with torch.no_grad(), torch.random.fork_rng(on_gpu):
             found = self._trained(graph, random_mask(graph, 1, 0.4))
-            if found is None or not _runs(copy.deepcopy(self._networks[0]).train(), self.larger):
+            if found is None or not _runs(copied(self._networks[0]).train(), self.larger):
                 return None
             dead = self._trained(graph, random_mask(graph, 1, 0.0)) is None
         return Failure(f"in train mode {found.text}", found.path, dead=dead, training=True)
@@ -161,6 +171,7 @@ def _trials(graph: ChannelGraph) -> Iterator[Trial]:
     yield Trial(random_mask(graph, 0, 0.0))
     for width in _equal_widths(graph):
         yield Trial(_equal_mask(graph, width))
+    yield from _joined(graph)
     dead, empty = single.copy(), single.copy()
     for number, group in enumerate(graph.groups):
         dead[graph.span(number)] &= group.branch is None
@@ -174,15 +185,47 @@ def _trials(graph: ChannelGraph) -> Iterator[Trial]:
 
 def _equal_widths(graph: ChannelGraph) -> list[int]:
     """Widths that all groups may have at once: some of their own, and those of the image and of what is pinned."""
-    fixed = {graph.input_shape[1] if len(graph.input_shape) > 1 else 1, *(group.size for group in graph.pinned)}
     widest = int(graph.sizes.max())
-    return [width for width in (*EQUAL, *sorted(fixed - {*EQUAL})) if 1 < width < widest][:MOST_EQUAL]
+    return [width for width in (*EQUAL, *sorted(_fixed_widths(graph) - {*EQUAL})) if 1 < width < widest][:MOST_EQUAL]
+
+
+def _fixed_widths(graph: ChannelGraph) -> set[int]:
+    """Widths of the image and of what is pinned."""
+    return {graph.input_shape[1] if len(graph.input_shape) > 1 else 1, *(group.size for group in graph.pinned)}
+
+
+def _joined(graph: ChannelGraph) -> Iterator[Trial]:
+    """Cuts after which concatenated tensors are as wide as single ones: code may compare these, too."""
+    parts, joins = np.zeros(len(graph.groups), dtype=np.bool_), set[tuple[int, int]]()
+    for slot in graph.slots:
+        groups, counts = np.unique(graph.group_of[slot.index[slot.index != KEPT]], return_counts=True)
+        times, kept = int((counts // graph.sizes[groups]).sum()), int((slot.index == KEPT).sum())
+        if times > 1 or (times and kept):
+            parts[groups] = True
+            joins.add((times, kept))
+    shares = [
+        (width, (width - kept) // times)
+        for times, kept in sorted(joins)
+        for width in (kept + 4 * times, *sorted(_fixed_widths(graph)))
+        if width > kept and (width - kept) % times == 0
+    ]
+    for width, share in dict.fromkeys(shares[:MOST_JOINED]):
+        yield Trial(_mask_of(graph, np.where(parts, share, width)))
+    inside = np.array([group.branch is not None for group in graph.groups])
+    for kept in sorted({kept for _, kept in joins if kept})[:MOST_JOINED]:
+        if inside.any():
+            yield Trial(_mask_of(graph, np.where(inside, 0, kept)), dead=True)
 
 
 def _equal_mask(graph: ChannelGraph, width: int) -> Mask:
     """The first gates of every group, as many in each, or all that it has."""
+    return _mask_of(graph, np.full(len(graph.groups), width))
+
+
+def _mask_of(graph: ChannelGraph, widths: Ints) -> Mask:
+    """The first gates of every group: its width [G], or all that it has."""
     place = np.arange(graph.channels) - np.repeat(graph.offsets[:-1], graph.sizes)
-    return np.asarray(place < width, dtype=np.bool_)
+    return np.asarray(place < np.repeat(widths, graph.sizes), dtype=np.bool_)
 
 
 def _gap(network: nn.Module, graph: ChannelGraph, gating: Gating, mask: Mask, inputs: Inputs) -> float | None:

@@ -10,7 +10,7 @@ import numpy as np
 from chipdeploy.errors import UsageError
 from chipdeploy.graph.labels import Ints
 from chipdeploy.graph.multihead import FOLLOWING
-from chipdeploy.graph.rules.base import Tracing
+from chipdeploy.graph.rules.base import Doubt, Tracing
 from chipdeploy.graph.rules.pick import attribute_of
 
 
@@ -24,7 +24,7 @@ def settle(tracing: Tracing, exclude: Sequence[str] = ()) -> None:
     _pin_excluded(tracing, exclude)
     for grid in tracing.grids:
         _make_grid(tracing, grid)
-    _pin_scaled(tracing)
+    _doubt_scaled(tracing)
     _pin_unmade(tracing)
     _slice_whole(tracing)
     _state_sizes(tracing)
@@ -62,15 +62,12 @@ def _make_grid(tracing: Tracing, grid: Ints) -> None:
             reduced = tracing.labels.merge(reduced, axis)
 
 
-def _pin_scaled(tracing: Tracing) -> None:
+def _doubt_scaled(tracing: Tracing) -> None:
     """A factor that equals a number of channels may be computed from it, unless these channels stay together."""
     for path, flow, axis in tracing.scales:
         labels = tracing.labels.reduced(flow)
         if labels.shape[axis] > 1:
-            count = labels.shape[axis]
-            tracing.labels.pin(
-                labels, f"{path or 'the model'} scales by a number that may come from the count of its {count} channels"
-            )
+            tracing.doubts.append(Doubt(path, labels))
 
 
 def _pin_unmade(tracing: Tracing) -> None:

@@ -34,7 +34,12 @@ def remove_dead_branches(program: ExportedProgram) -> ExportedProgram:
             node.replace_all_uses_with(other)
         elif name == "cat":
             _drop_empty(node)
-    program.graph.eliminate_dead_code(is_impure_node=_must_stay)
+    return drop_unread(program)
+
+
+def drop_unread(program: ExportedProgram) -> ExportedProgram:
+    """Drop all that nobody reads, such as attention's mean weights, in place; what writes to tensors stays."""
+    program.graph.eliminate_dead_code(is_impure_node=lambda node: _must_stay(node) or _writes(node))
     program.graph_module.recompile()
     return program
 

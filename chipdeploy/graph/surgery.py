@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from chipdeploy.copying import copied
 from chipdeploy.errors import InputError
 from chipdeploy.graph.channels import KEPT, ChannelGraph, Mask
-from chipdeploy.graph.copying import copied
 from chipdeploy.graph.labels import Ints
 from chipdeploy.graph.multihead import follow_cut
 from chipdeploy.graph.plan import PrunePlan, dead_branches, group_widths

@@ -32,6 +32,7 @@ from chipdeploy.graph.rules import RULES, Denied, Tracing
 from chipdeploy.graph.rules.base import Flow, op_name, tensor_arguments
 from chipdeploy.graph.rules.fixed import count_fixed
 from chipdeploy.graph.settle import settle
+from chipdeploy.graph.simplify import drop_unread
 from chipdeploy.quiet import quiet
 
 Example = Tensor | tuple[Tensor, ...]
@@ -155,7 +156,7 @@ def export_program(model: nn.Module, inputs: tuple[Tensor, ...], *, training: bo
     """
     with evaluating(model), _handed_back(model), quiet():
         try:
-            return torch.export.export(model.train(training), inputs)
+            return drop_unread(torch.export.export(model.train(training), inputs))
         except Exception as error:  # the exporter raises many kinds; each means the same to the user
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from chipdeploy.copying import copied
 from chipdeploy.engines.base import Engine, Images, open_engine
 from chipdeploy.engines.build import BuildOptions, build_engine
 from chipdeploy.engines.cuda import this_gpu
@@ -77,7 +77,7 @@ class Rig:
             raise MissingError(
                 f"no GPU is here to measure {setting.target.name} on; use a machine with one, or ort-cpu"
             )
-        self._model = copy.deepcopy(model).to("cpu").eval().to(memory_format=torch.contiguous_format)
+        self._model = copied(model).to("cpu").eval().to(memory_format=torch.contiguous_format)
         self._stack = ExitStack()
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="chipdeploy-")))
         draw = np.random.default_rng(0)

@@ -139,3 +139,24 @@ def test_every_budget_limits_a_known_cost():
     assert set(BUDGETS.values()) == set(COSTS)
     with pytest.raises(UsageError, match="unknown cost 'weight'"):
         CostModel.of(trace(Residual(), torch.zeros(1, 3, 2, 2)), "weight")
+
+
+class Sequences(nn.Module):
+    """Rows of an image read by a recurrent layer."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 3, padding=1)
+        self.rows = kind(8 * 6, 10, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(20, 4)
+
+    def forward(self, x):
+        return self.head(self.rows(self.conv(self.stem(x)).permute(0, 2, 1, 3).flatten(2))[0].mean(1))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_stay_and_are_counted(kind):
+    model, images = Sequences(kind).eval(), torch.zeros(2, 3, 5, 6)
+    graph = trace(model, images)
+    weights = sum(parameter.numel() for parameter in model.rows.parameters() if parameter.dim() == 2)
+    assert costs(graph)["macs"] == 30 * (3 * 4 + 36 * 8) + 5 * weights + 20 * 4

@@ -188,3 +188,36 @@ def test_the_snippet_of_the_readme_runs():
     ratio = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())
     assert ratio < 0.7
     assert small(EXAMPLE).shape == (2, 4)
+
+
+class Watched(torch.nn.Module):
+    """Keeps an activation for heat maps."""
+
+    def __init__(self, again=False):
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3)
+        self.again = again
+
+    def forward(self, x):
+        self.seen = {"first": [F.relu(self.first(x))]}
+        x = self.seen["first"][0]
+        x = torch.utils.checkpoint.checkpoint(self.second, x, use_reentrant=False) if self.again else self.second(x)
+        return x.mean((2, 3))
+
+
+def test_a_model_may_keep_its_activations():
+    model = Watched()
+    chip = ChipNet(model, EXAMPLE, cd.Budget("flops", 0.5), steps=2, align=1)
+    chip.loss(chip(EXAMPLE).square().mean()).backward()
+    chip.step()
+    assert model.seen["first"][0].grad_fn is not None
+    for one in (chip.folded(), cd.hard_prune(model, chip.graph, chip.plan()), copy.deepcopy(chip).model):
+        assert one.seen["first"][0].grad_fn is None
+    assert model.seen["first"][0].grad_fn is not None
+
+
+def test_checkpointed_activations_are_refused_before_they_spoil_a_gradient():
+    chip = ChipNet(Watched(again=True), EXAMPLE, cd.Budget("flops", 0.5), steps=2)
+    chip.eval()(EXAMPLE)
+    with pytest.raises(UsageError, match="checkpoints activations"):
+        chip.train()(EXAMPLE)

@@ -379,3 +379,32 @@ def test_a_removed_branch_may_end_in_an_output(tmp_path):
     with torch.no_grad():
         for a, b in zip(net(images).values(), got, strict=True):
             assert np.abs(a.numpy() - b).max() <= 1e-5 * a.abs().max()
+
+
+class Taken(SmallNet):
+    """Its own parameters have the names of the file's input and output."""
+
+    def __init__(self):
+        super().__init__()
+        self.images, self.logits = nn.Parameter(torch.rand(3, 1, 1)), nn.Parameter(torch.rand(5))
+
+    def forward(self, x):
+        return super().forward(x * self.images) * self.logits
+
+
+def test_parameters_may_be_called_images_and_logits(tmp_path):
+    net, images = Taken().eval(), torch.randn(3, 3, 8, 8)
+    session = onnxruntime.InferenceSession(export_onnx(net, images, tmp_path / "net.onnx").path)
+    assert [value.name for value in (*session.get_inputs(), *session.get_outputs())] == ["images", "logits"]
+    (got,) = session.run(None, {"images": images.numpy()})
+    assert np.allclose(got, net(images).detach().numpy(), atol=1e-5)
+
+
+def test_a_pooling_that_the_exporter_would_change_is_refused(tmp_path):
+    class Pooled(SmallNet):
+        def forward(self, x):
+            return super().forward(nn.functional.avg_pool2d(x, 2, divisor_override=3))
+
+    with pytest.raises(ExportError, match="divisor_override=3"):
+        export_onnx(Pooled(), torch.randn(2, 3, 8, 8), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())

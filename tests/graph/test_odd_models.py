@@ -2,6 +2,7 @@
 
 import threading
 import types
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from torch import nn
 
 import chipdeploy as cd
 from chipdeploy.errors import InputError, ModelError, UsageError
+from chipdeploy.graph import proof
 from chipdeploy.graph.gating import Gating, gated_call
 from chipdeploy.graph.loud import randomize
-from chipdeploy.graph.plan import PrunePlan
+from chipdeploy.graph.plan import PrunePlan, check_mask
 from chipdeploy.graph.proof import difference
 from chipdeploy.graph.surgery import hard_prune
 from chipdeploy.graph.trace import trace
@@ -98,6 +100,83 @@ def test_a_skip_where_shapes_agree(widths, random_mask):
     assert worst(model, graph, random_mask) < 1e-9
     assert any("cut on trial" in pinned.reason for pinned in graph.pinned)
     assert {f"blocks.{number}.body.0" for number in range(len(widths) - 1)} <= {group.name for group in graph.groups}
+
+
+class Sides(nn.Module):
+    """Two convolutions side by side; adds its input where that is as wide as both together."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.one, self.two = conv(inputs, outputs), conv(inputs, outputs)
+
+    def forward(self, x):
+        y = F.relu(torch.cat([self.one(x), self.two(x)], 1))
+        return y + x if y.shape == x.shape else y
+
+
+class HalfWay(Sides):
+    """The same of one half that passes by and another that is convolved."""
+
+    def forward(self, x):
+        left, right = self.one(x).chunk(2, 1)
+        y = F.relu(torch.cat([left, self.two(right)], 1))
+        return y + x if y.shape == x.shape else y
+
+
+class HalfWays(HalfWay):
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.two = conv(outputs // 2, outputs // 2)
+
+
+class Grown(nn.Module):
+    """A transition that is skipped where it would not change the width of all that was gathered before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.end = conv(16, 8), conv(24, 8), conv(32, 24)
+
+    def forward(self, x):
+        x = torch.cat([x, self.one(x)], 1)
+        x = torch.cat([x, self.two(x)], 1)
+        return x if self.end[0].in_channels == self.end[0].out_channels else self.end(x)
+
+
+JOINED = {
+    "as wide as the stem": (lambda: Sides(16, 16), 32),
+    "wider than the stem": (lambda: Sides(16, 12), 24),
+    "half passes by": (lambda: HalfWays(16, 24), 24),
+    "gathered": (Grown, 24),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_a_concatenation_that_becomes_as_wide_as_its_input(name):
+    torch.manual_seed(0)
+    make, width = JOINED[name]
+    model = randomize(Base(b=make(), h=nn.Linear(width, 5)).eval()).double()
+    graph, images = trace(model, EXAMPLE.double()), EXAMPLE.double()
+    place = np.arange(graph.channels) - np.repeat(graph.offsets[:-1], graph.sizes)
+    with torch.no_grad():
+        for kept in product(range(0, 25, 4), repeat=len(graph.groups)):
+            mask = place < np.repeat(kept, graph.sizes)
+            try:
+                check_mask(graph, mask)
+            except InputError:
+                continue
+            gates = torch.from_numpy(mask).double()
+            cut = hard_prune(model, graph, PrunePlan.from_mask(graph, mask)).eval()
+            assert difference(gated_call(model, Gating(graph), gates, images), cut(images)) < 1e-9
+
+
+def test_a_plan_that_no_trial_foresaw_is_refused_with_a_group_to_keep(monkeypatch):
+    monkeypatch.setattr(proof, "_joined", lambda graph: ())
+    torch.manual_seed(0)
+    chip = cd.ChipNet(Base(b=Sides(16, 16), h=nn.Linear(32, 5)), EXAMPLE, cd.Budget("flops", 0.5))
+    plan = PrunePlan({"b.one.0": tuple(range(8)), "b.two.0": tuple(range(8, 16))})
+    with pytest.raises(ModelError, match=r"cannot be cut: .* keep 'b.two.0' whole by --exclude"):
+        chip.folded(plan)
+    chip.folded(PrunePlan({"b.one.0": (1, 2, 3), "b.two.0": (4,)}))
 
 
 class Projected(Base):
@@ -201,6 +280,13 @@ class Normed(Base):
         return self.h(self.n(self.features(x).permute(0, 2, 3, 1)).mean((1, 2)))
 
 
+class Constant(Base):
+    """Four is the root of its sixteen channels, and no more than a number."""
+
+    def forward(self, x):
+        return self.h(torch.sigmoid(self.features(x) * 4.0).mean((2, 3)))
+
+
 class Masked(Base):
     """A sum over those images that the values choose: its shape is not known before."""
 
@@ -216,6 +302,7 @@ FOLLOWED = {
     "squeezed": Squeezed,
     "largest values": MaxPooled,
     "scaled by the width": NonLocal,
+    "scaled by a constant": Constant,
     "transformer, three heads": lambda: Transformer(3),
     "transformer, six heads": lambda: Transformer(6),
     "read-only width": lambda: Base(a=ReadOnly()),
@@ -240,6 +327,10 @@ def test_a_number_may_come_before_the_images():
     graph = trace(Timed(), (torch.tensor(0.5), EXAMPLE))
     assert graph.input_shape == (2, 3, 16, 16)
     assert graph.layers[0].positions == 16 * 16
+
+
+def test_a_constant_that_looks_like_a_count_pins_nothing():
+    assert {group.name for group in trace(Constant(), EXAMPLE).groups} == {"a.0", "b.0"}
 
 
 def test_heads_go_from_a_transformer():

@@ -184,6 +184,28 @@ def test_torchs_own_attention_loses_heads_and_stream(batch_first, randomized):
         attention(tokens, tokens, tokens, key_padding_mask=torch.zeros(2, 7))
 
 
+def test_attention_whose_weights_nobody_reads_loses_heads_with_a_mask_too(randomized):
+    class Masked(Encoder):
+        def forward(self, x):
+            x = self.embed(x)
+            y = self.norm(x)
+            causal = torch.ones(7, 7, dtype=torch.bool, device=x.device).triu(1)
+            return self.head((x + self.attention(y, y, y, attn_mask=causal, need_weights=self.need_weights)[0]).mean(1))
+
+    torch.manual_seed(0)
+    model, tokens = randomized(Masked()), torch.randn(2, 7, 5, dtype=torch.float64)
+    graph = trace(model, tokens)
+    plan = PrunePlan({"attention.in_proj_weight": (0, 2)})
+    small, gates = hard_prune(model, graph, plan), torch.from_numpy(plan.mask(graph)).double()
+    with torch.no_grad():
+        expected = gated_call(model, Gating(graph), gates, tokens)
+        for small.need_weights in (False, True):
+            assert torch.allclose(small(tokens), expected, rtol=1e-12, atol=1e-12)
+    plain = Encoder()
+    plain.need_weights = True
+    assert {group.name for group in trace(plain, tokens.float()).groups} == {"embed", "attention.in_proj_weight"}
+
+
 def test_a_norm_over_the_stream_takes_the_living_channels(randomized):
     model = randomized(Encoder())
     graph = trace(model, torch.randn(2, 7, 5, dtype=torch.float64))

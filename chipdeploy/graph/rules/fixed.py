@@ -12,7 +12,8 @@ from chipdeploy.graph.rules.linear import NONE
 
 WEIGHTED = frozenset({"linear", *(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))})
 PRODUCTS, ADDED = ("matmul", "mm", "bmm"), ("addmm", "baddbmm")
-COSTLY = {*WEIGHTED, *PRODUCTS, *ADDED, "einsum", "scaled_dot_product_attention"}
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+COSTLY = {*WEIGHTED, *PRODUCTS, *ADDED, *RECURRENT, "einsum", "scaled_dot_product_attention"}
 
 
 def count_fixed(tracing: Tracing, node: Node, reason: str) -> None:
@@ -21,13 +22,14 @@ def count_fixed(tracing: Tracing, node: Node, reason: str) -> None:
     if macs is None:
         return
     path, _ = tracing.owner(node)
-    elements = max(1, int(np.prod(shape(node), dtype=np.int64)))
+    elements = 1 if op_name(node) in RECURRENT else max(1, int(np.prod(shape(node), dtype=np.int64)))
     layer = op_name(node) in WEIGHTED
     channels = shape(node)[1 if "conv" in op_name(node) else -1] if layer else 1
     labels = np.repeat(tracing.labels.new(1), channels)
     tracing.labels.pin(labels, reason)
-    positions = elements // (channels * tracing.batch)
-    tracing.layers.append(LayerUse(node, path, labels, NONE, positions, macs / elements, mult=not layer))
+    positions = max(1, elements // (channels * tracing.batch))
+    kernel = macs / (positions * channels * tracing.batch)
+    tracing.layers.append(LayerUse(node, path, labels, NONE, positions, kernel, mult=not layer))
 
 
 def _macs(node: Node) -> float | None:
@@ -46,8 +48,17 @@ def _macs(node: Node) -> float | None:
         return elements * shape(inputs[1])[-1]
     if name == "einsum":
         return _einsum(node)
+    if name in RECURRENT:
+        return _recurrent(node)
     q, k, v = (shape(part) for part in inputs[:3])  # scaled_dot_product_attention
     return elements * k[-2] * (1 + q[-1] / v[-1])
+
+
+def _recurrent(node: Node) -> float:
+    """Every weight once a time step and sequence."""
+    weights = [shape(part) for part in cast("list[Node]", node.args[2])]
+    read = shape(cast(Node, node.args[0]))  # [N, T, C], or in another order
+    return sum(float(np.prod(each)) for each in weights if len(each) == 2) * float(np.prod(read[:-1]))
 
 
 def _einsum(node: Node) -> float | None:

@@ -216,9 +216,9 @@ def _tail(tracing: Tracing, end: Node, dead: frozenset[Node]) -> tuple[tuple[str
     """The affine tensors that make a summed branch's constant, and the layer that its last channels come from."""
     node = end
     while node in dead and (keeps_zero(node) or op_name(node) in MOVES or op_name(node) == "mul"):
-        node = next((arg for arg in node.all_input_nodes if not tracing.is_tensor(arg)), node.all_input_nodes[0])
+        node = next((arg for arg in node.all_input_nodes if not _weighs(tracing, arg)), node.all_input_nodes[0])
     affine: tuple[str, ...] = ()
-    if op_name(node) in ("batch_norm", "layer_norm") and node in dead:
+    if op_name(node) in ("batch_norm", "layer_norm", "group_norm") and node in dead:
         first = 1 if op_name(node) == "batch_norm" else 2
         weight, bias = (argument(node, first + i, name) for i, name in enumerate(("weight", "bias")))
         if weight is None or bias is None:
@@ -238,6 +238,12 @@ def _tail(tracing: Tracing, end: Node, dead: frozenset[Node]) -> tuple[tuple[str
         affine = tuple(tracing.tensor_name(tensor) for tensor in own)
     elsewhere = {name for user, names in tracing.tensors_of.items() if user not in dead for name in names}
     return None if elsewhere & set(affine) else (affine, node)
+
+
+def _weighs(tracing: Tracing, node: Node) -> bool:
+    """Whether a value is a parameter or made of parameters alone, such as a layer scale in another shape."""
+    inputs = node.all_input_nodes
+    return tracing.is_tensor(node) or (bool(inputs) and all(_weighs(tracing, each) for each in inputs))
 
 
 def _stubs(

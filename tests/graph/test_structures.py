@@ -245,6 +245,20 @@ CASES = {
     "in-place relu of a view": (lambda: Net(relu_on_a_view, **ab(norm=nn.BatchNorm2d(8))), 1),
     "a sum that is written to": (lambda: Net(sum_written_to, **ab(norm=nn.BatchNorm2d(8))), 1),
     "sums in place": (lambda: Net(sums_in_place, **abc()), 2),
+    "layer scale first, in another shape": (
+        lambda: Net(
+            lambda net, x: x + net.scale[:, None, None] * net.b(F.relu(net.a(x))),
+            a=conv(8, 12),
+            b=conv(12, 8),
+            scale=nn.Parameter(torch.rand(8)),
+        ),
+        1,
+    ),
+    "half of a branch": (lambda: Net(lambda net, x: x + net.b(F.relu(net.a(x))) / 2, a=conv(8, 12), b=conv(12, 8)), 1),
+    "a group norm at the end": (
+        lambda: Net(lambda net, x: x + net.n(net.b(net.a(x))), a=conv(8, 12), b=plain(12, 8), n=nn.GroupNorm(2, 8)),
+        1,
+    ),
     "nested branches": (lambda: Net(nested, a=conv(8, 12), b=conv(12, 8), c=conv(12, 6), d=conv(6, 12)), 1),
     "three branches and the input": (lambda: Net(lambda net, x: x + net.a(x) + net.b(x) + net.c(x), **abc()), 3),
     "three branches alone": (lambda: Net(lambda net, x: net.a(x) + net.b(x) + net.c(x), **abc()), 2),

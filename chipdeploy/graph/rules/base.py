@@ -235,6 +235,8 @@ def keeps_zero(node: Node) -> bool:
     if op_name(node) == "hardtanh":
         low, high = (*node.args[1:3], -1.0, 1.0)[:2] if len(node.args) != 2 else (node.args[1], 1.0)
         return isinstance(low, int | float) and isinstance(high, int | float) and low <= 0 <= high
+    if op_name(node) == "div":
+        return isinstance(node.args[0], Node) and not isinstance(node.args[1], Node)
     return op_name(node) in ZERO_KEEPERS
 
 

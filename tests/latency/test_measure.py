@@ -211,6 +211,16 @@ def test_a_scattered_control_is_noisy():
     assert comparison.noise == "equal blocks of the dense network lie 40% apart"
 
 
+def test_interruptions_that_fall_on_one_network_are_noisy():
+    def times(blocks, slow):
+        return tuple((0.001,) * 9 + (slow,) for _ in range(blocks))
+
+    comparison = Comparison(1, times(20, 0.001), times(20, 0.006), times(20, 0.001), {})
+    assert comparison.ratio == pytest.approx(1.5)
+    assert comparison.noise == "a few slow inferences make the ratio: that of the medians is 1.00"
+    assert not Comparison(1, times(20, 0.001), times(20, 0.0015), times(20, 0.001), {}).noisy
+
+
 @pytest.mark.parametrize(
     ("samples", "known"),
     [(63, {"p50"}), (64, {"p50", "p90"}), (661, {"p50", "p90"}), (662, {"p50", "p90", "p99"})],

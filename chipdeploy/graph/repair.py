@@ -35,8 +35,7 @@ def repair(tracing: Tracing, failure: Failure, graph: ChannelGraph, banned: dict
 
 def _pin(tracing: Tracing, doubts: list[Doubt]) -> None:
     for doubt in doubts:
-        where = doubt.path or "the model"
-        tracing.labels.pin(doubt.labels, f"the forward of {where} holds numbers of channels that cannot follow a cut")
+        tracing.labels.pin(doubt.labels, f"the forward of {doubt.path or 'the model'} {doubt.why}")
 
 
 def _doubts(tracing: Tracing, paths: list[str] | None) -> list[Doubt]:

@@ -67,7 +67,10 @@ def _doubt_scaled(tracing: Tracing) -> None:
     for path, flow, axis in tracing.scales:
         labels = tracing.labels.reduced(flow)
         if labels.shape[axis] > 1:
-            tracing.doubts.append(Doubt(path, labels))
+            count = labels.shape[axis]
+            tracing.doubts.append(
+                Doubt(path, labels, f"scales by a number that comes from the count of its {count} channels")
+            )
 
 
 def _pin_unmade(tracing: Tracing) -> None:

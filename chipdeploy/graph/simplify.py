@@ -34,12 +34,20 @@ def remove_dead_branches(program: ExportedProgram) -> ExportedProgram:
             node.replace_all_uses_with(other)
         elif name == "cat":
             _drop_empty(node)
-    return drop_unread(program)
+    program.graph.eliminate_dead_code(is_impure_node=_must_stay)
+    program.graph_module.recompile()
+    return program
 
 
 def drop_unread(program: ExportedProgram) -> ExportedProgram:
-    """Drop all that nobody reads, such as attention's mean weights, in place; what writes to tensors stays."""
-    program.graph.eliminate_dead_code(is_impure_node=lambda node: _must_stay(node) or _writes(node))
+    """Drop what nobody reads, such as attention's mean weights, in place; not what writes to tensors, nor layers: these
+    run all the same, and must follow a cut."""
+    weights = {*program.graph_signature.inputs_to_parameters, *program.graph_signature.inputs_to_buffers}
+
+    def stays(node: Node) -> bool:
+        return _must_stay(node) or _writes(node) or any(arg.name in weights for arg in node.all_input_nodes)
+
+    program.graph.eliminate_dead_code(is_impure_node=stays)
     program.graph_module.recompile()
     return program
 

@@ -93,6 +93,7 @@ class Doubt:
 
     path: str
     labels: Ints
+    why: str = "holds numbers of channels that cannot follow a cut"
 
 
 @dataclass

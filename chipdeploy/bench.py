@@ -82,7 +82,7 @@ def bench_run(
 
 def _check_batches(run: Run, exported: Mapping[str, Any], target: Target, batches: Sequence[int]) -> None:
     """Raises InputError for a batch that the files were not made for."""
-    if largest := [batch for batch in batches if batch > exported["max_batch"] and target.runtime != "torch"]:
+    if target.runtime == "ort" and (largest := [batch for batch in batches if batch > exported["max_batch"]]):
         raise InputError(
             f"the files of {run.path} are made for batches up to {exported['max_batch']}, got {largest[0]}; "
             f"run 'chipdeploy export --max-batch {largest[0]} --run {run.path}' first"

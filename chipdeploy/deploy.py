@@ -44,6 +44,7 @@ ACCURACY_IMAGES = 5000  # of the validation images: beyond them the estimate mov
 ACCURACY_BATCH = 50
 MAX_DROP = 0.5  # points of accuracy that the fastest precision may lose against fp32
 CANDIDATES = ("fp32", "fp16", "int8")  # of `best`
+MAX_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class ExportOptions:
     """What an export writes.
 
     Args:
-        max_batch: largest batch that the ONNX files are made for.
+        max_batch: largest batch that the ONNX files are made for; None takes that of the last export, else `MAX_BATCH`.
         precisions: of the networks; fp32 is always among them, the others are made from it.
         best: make `CANDIDATES`, time them, and name the fastest that loses at most `max_drop` points.
         runtimes: `trt`, `rtx`: an engine of every network in every precision.
@@ -64,7 +65,7 @@ class ExportOptions:
         UsageError: an unknown precision or runtime, engines for larger batches than the networks, a number below 0.
     """
 
-    max_batch: int = 64
+    max_batch: int | None = None
     precisions: tuple[str, ...] = ("fp32",)
     best: bool = False
     max_drop: float = MAX_DROP
@@ -81,7 +82,7 @@ class ExportOptions:
         ):
             if unknown := [value for value in values if value not in known]:
                 raise UsageError(f"unknown {what} {unknown[0]!r}; use {', '.join(known)}")
-        if self.runtimes and self.build.batches[-1] > self.max_batch:
+        if self.runtimes and self.max_batch and self.build.batches[-1] > self.max_batch:
             raise UsageError(
                 f"engines for batches up to {self.build.batches[-1]} need networks for as many, "
                 f"got {self.max_batch}; raise --max-batch or lower --batch"
@@ -104,16 +105,18 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Notes:
-    """Whom an export tells what it does: a step begins, an engine is so far."""
+    """Whom an export tells what it does: a step begins, an engine is so far, something earlier is lost."""
 
     step: Callable[[str], None] = lambda _: None
     build: Progress | None = None
+    lost: Callable[[str], None] = lambda _: None
 
 
 def export_run(run: Run, options: ExportOptions | None = None, notes: Notes | None = None) -> dict[str, Any]:
     """Write dense and pruned network in all precisions, check each against PyTorch on real images, build the engines.
 
-    Exports add up: precisions and engines of an earlier one stay where the fp32 networks are still the same.
+    Exports add up: precisions and engines of an earlier one stay where the fp32 networks are still the same, whatever
+    the largest batch is now: an engine has its own.
 
     Raises:
         RunError: the run is not finished, or a file of it was changed.
@@ -123,13 +126,17 @@ def export_run(run: Run, options: ExportOptions | None = None, notes: Notes | No
             stays as it was.
     """
     options, notes = options or ExportOptions(), notes or Notes()
+    before = _earlier(run)
+    options = replace(options, max_batch=options.max_batch or (before["max_batch"] if before else MAX_BATCH))
     for runtime in options.all_runtimes:
         check_buildable(runtime, options.build.gpus)
     described = read_json(run.check(DATA))
     data = _data(run, described["digest"])
     job = _Export(run, options, notes, described, data)
     with _aside(run) as (folder, keep):
-        facts = _with_earlier(run, job.write(folder))
+        facts = job.write(folder)
+        if before:
+            facts = _with_earlier(run, before, facts, notes)
         keep |= _files(facts)
     run.file(BENCH).unlink(missing_ok=True)  # it timed files that are gone
     run.write(EXPORT, facts)
@@ -159,34 +166,60 @@ def _aside(run: Run) -> Iterator[tuple[Path, set[str]]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _with_earlier(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
-    """The record of an export, with what an earlier one made of the same fp32 networks and nobody touched since."""
+def _earlier(run: Run) -> dict[str, Any] | None:
+    """The record of the export before this one; None where there was none, or not one of this version."""
     try:
         before = read_json(run.check(EXPORT, maker="export"))
-        same = all(before[name]["sha256"] == facts[name]["sha256"] for name in NETWORKS)
-        if not same or before["max_batch"] != facts["max_batch"]:
-            return facts
-        precisions = {k: e for k, e in before["precisions"].items() if _intact(run, e, "sha256")}
-        engines = {k: e for k, e in before["engines"].items() if _intact(run, e, "engine_sha256")}
-    except (RunError, KeyError, TypeError):  # there was none, or not one of this version
-        return facts
-    merged = facts | {"precisions": precisions | facts["precisions"], "engines": engines | facts["engines"]}
+        for entry in (before, *before["precisions"].values(), *before["engines"].values()):
+            _digests(entry)
+        return dict(before) if before["max_batch"] > 1 else None
+    except (RunError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _with_earlier(run: Run, before: dict[str, Any], facts: dict[str, Any], notes: Notes) -> dict[str, Any]:
+    """The record of an export, with what an earlier one made of the same networks and nobody touched since."""
+    merged = dict(facts)
+    for kind in ("precisions", "engines"):
+        kept = {}
+        for name, entry in before[kind].items():
+            if name in facts[kind]:
+                continue
+            if flaw := _flaw(run, before, facts, entry):
+                notes.lost(f"dropping {name}: {flaw}")
+            else:
+                kept[name] = entry
+        merged[kind] = kept | facts[kind]
     chosen = before.get("best")
     if chosen and "best" not in facts and chosen["precision"] in {"fp32", *merged["precisions"]}:
         merged["best"] = chosen
     return merged
 
 
-def _intact(run: Run, entry: dict[str, Any], key: str) -> bool:
-    """Whether both networks' files are those of the record."""
-    paths = {run.file(entry[name]["file"]): entry[name][key] for name in NETWORKS}
-    return all(path.is_file() and digest(path) == sha256 for path, sha256 in paths.items())
+def _flaw(run: Run, before: dict[str, Any], facts: dict[str, Any], entry: dict[str, Any]) -> str:
+    """Why an earlier entry does not belong to the networks of a new record; empty where it does."""
+    if _digests(before) != _digests(facts):
+        return "the fp32 networks are others now"
+    for file, sha256 in _digests(entry).items():
+        path = run.file(file)
+        if not path.is_file() or digest(path) != sha256:
+            return f"{file} is missing or was edited"
+    made = facts["precisions"].get(entry["pruned"]["precision"])  # in this export
+    if made and any(entry[name].get("onnx_sha256", made[name]["sha256"]) != made[name]["sha256"] for name in NETWORKS):
+        return f"the {entry['pruned']['precision']} networks are others now"
+    return ""
+
+
+def _digests(entry: dict[str, Any]) -> dict[str, str]:
+    """sha256 of both networks' files of an entry, by name."""
+    files = (entry[name] for name in NETWORKS)
+    return {file["file"]: file["engine_sha256" if "engine_sha256" in file else "sha256"] for file in files}
 
 
 def _files(facts: dict[str, Any]) -> set[str]:
     """Names of the ONNX and engine files of a record."""
     entries = [facts, *facts["precisions"].values(), *facts["engines"].values()]
-    return {entry[name]["file"] for entry in entries for name in NETWORKS}
+    return {file for entry in entries for file in _digests(entry)}
 
 
 class _Export:
@@ -259,6 +292,7 @@ class _Export:
 
     def _exported(self, name: str, path: Path) -> Any:
         metadata = _metadata(self._run, self._described, name)
+        assert self._options.max_batch
         return export_onnx(
             self._models[name], self._images[:2], path, max_batch=self._options.max_batch, metadata=metadata
         )

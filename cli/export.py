@@ -49,7 +49,12 @@ def export(
         str | None, typer.Option("--int8-rest", help="What is not int8 in an int8 network: fp32 (default) or fp16.")
     ] = None,
     method: Annotated[str | None, typer.Option("--calibration-method", help="minmax, entropy or percentile.")] = None,
-    max_batch: Annotated[int, typer.Option("--max-batch", help="Largest batch that the ONNX files are made for.")] = 64,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(
+            "--max-batch", help="Largest batch that the ONNX files are made for. [that of the last export, else 64]"
+        ),
+    ] = None,
     bundle: Annotated[
         Path | None, typer.Option("--bundle", help="Folder to hand over: network, engines, labels, infer.py, Triton.")
     ] = None,
@@ -89,7 +94,7 @@ def export(
     if bundle:
         check_bundle(directory, bundle, preprocess=with_preprocess, top_k=top_k)
     with directory.locked(), steps() as (step, progress):
-        facts = export_run(directory, wanted, Notes(step, progress))
+        facts = export_run(directory, wanted, Notes(step, progress, note))
         if bundle:
             step("packing the bundle")
             facts["bundle"] = bundle_run(directory, bundle, preprocess=with_preprocess, top_k=top_k)
@@ -123,7 +128,7 @@ def _wanted(
     runtimes: list[str],
     build: dict[str, Any],
     int8: dict[str, Any],
-    max_batch: int,
+    max_batch: int | None,
 ) -> ExportOptions:
     """The options as the library takes them. Raises UsageError for those that do not go together."""
     from chipdeploy.deploy import MAX_DROP, ExportOptions

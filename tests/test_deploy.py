@@ -366,20 +366,52 @@ def test_exports_add_up(deployed, tmp_path):
     run.file("pruned-rtx-fp16.engine.cache").write_bytes(b"kernels")
     run.file("dense-int8.onnx").write_bytes(b"edited")
     before = files_of_exports(run)
-    facts = export_run(run)
+    lost = []
+    facts = export_run(run, notes=Notes(lost=lost.append))
     # What was edited is forgotten, with its other half; all else stays, kernels of an engine with it.
+    assert lost == ["dropping int8: dense-int8.onnx is missing or was edited"]
     assert list(facts["precisions"]) == ["fp16"]
     assert list(facts["engines"]) == ["rtx-fp32", "rtx-fp16", "rtx-int8"]
     assert files_of_exports(run) == [name for name in before if name not in ("dense-int8.onnx", "pruned-int8.onnx")]
     assert export_run(run, ExportOptions(precisions=("int8",)))["precisions"].keys() == {"fp16", "int8"}
 
 
+def test_what_was_made_stays_for_other_largest_batches(deployed, tmp_path):
+    run, first, _ = deployed
+    run = Run(Path(shutil.copytree(run.path, tmp_path / "run")))
+    before, lost = files_of_exports(run), []
+    for given, largest in ((2, 2), (None, 2), (128, 128)):
+        facts = export_run(run, ExportOptions(max_batch=given), Notes(lost=lost.append))
+        assert facts["max_batch"] == largest
+        assert (facts["precisions"], facts["engines"]) == (first["precisions"], first["engines"])
+        with pytest.raises(InputError, match=f"batches up to {largest}, got 129"):
+            bench_run(run, targets=["ort-cpu"], batches=(129,))
+        with pytest.raises(InputError, match="takes batches of 1 to 4, got 8"):  # an engine has its own largest batch
+            bench_run(run, targets=["rtx-fp16"], batches=(8,))
+    assert files_of_exports(run) == before
+    assert lost == []
+
+
 def test_an_export_of_other_networks_begins_anew(deployed, tmp_path):
     run = Run(Path(shutil.copytree(deployed[0].path, tmp_path / "run")))
-    facts = export_run(run, ExportOptions(max_batch=32))
+    edited, lost = run.read("export.json"), []
+    edited["dense"]["sha256"] = edited["pruned"]["sha256"]
+    run.write("export.json", edited)
+    run.seal(["export.json"])
+    facts = export_run(run, ExportOptions(), Notes(lost=lost.append))
     assert facts["precisions"] == facts["engines"] == {}
+    names = ("fp16", "int8", "rtx-fp32", "rtx-fp16", "rtx-int8")
+    assert lost == [f"dropping {name}: the fp32 networks are others now" for name in names]
     assert files_of_exports(run) == ["dense.onnx", "pruned.onnx"]
     assert run.file("pruned.safetensors").is_file()
+
+
+def test_engines_go_with_the_network_that_they_were_built_of(deployed, tmp_path):
+    run = Run(Path(shutil.copytree(deployed[0].path, tmp_path / "run")))
+    lost = []
+    facts = export_run(run, ExportOptions(precisions=("int8",), keep_worst=1), Notes(lost=lost.append))
+    assert list(facts["engines"]) == ["rtx-fp32", "rtx-fp16"]
+    assert lost == ["dropping rtx-int8: the int8 networks are others now"]
 
 
 def test_a_bundle_holds_the_pruned_network(deployed, tmp_path):

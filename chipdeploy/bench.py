@@ -42,6 +42,8 @@ def bench_run(
 ) -> list[dict[str, Any]]:
     """Time the dense against the pruned network on every target at every batch size; all is kept in bench.json.
 
+    Times add up: those of other targets and batch sizes stay there while their files and the CPU are the same.
+
     On a GPU each batch size is timed twice: from host to host, and on the device by its own clock. `layers` adds the
     times of both networks' layers, from runs of their own.
 
@@ -64,7 +66,7 @@ def bench_run(
         _check_batches(run, exported, target, batches)
     # All are opened before anything is timed: a target that is missing is said at once.
     opened = [(target, *_open(run, exported, target, threads)) for target in wanted]
-    results = []
+    results: list[dict[str, Any]] = []
     for target, dense, pruned, control in opened:
         for batch in batches:
             images = np.random.default_rng(0).standard_normal((batch, *shape), dtype=np.float32)
@@ -75,9 +77,53 @@ def bench_run(
                     name: [asdict(layer) for layer in engine.layer_times(images, LAYER_RUNS)]
                     for name, engine in zip(NETWORKS, (dense, pruned), strict=True)
                 }
-            results += measured
-    run.write(BENCH, results)
+            files = digests(_entry(run, exported, target))
+            results += [row | {"files": files} for row in measured]
+    now = {_what(row) for row in results}
+    held, _ = _earlier_times(run, exported)
+    cpu = results[0]["environment"]["cpu"]
+    run.write(BENCH, [r for r in held if _what(r) not in now and r["environment"].get("cpu") == cpu] + results)
     return results
+
+
+def drop_times(run: Run, exported: Mapping[str, Any], tell: Callable[[str], None]) -> None:
+    """Take the times of files that are not those of `exported` any more out of bench.json, and tell which."""
+    held, gone = _earlier_times(run, exported)
+    for row in gone:
+        tell(f"dropping the times of {Comparison.from_dict(row).where}: the files are others now")
+    if held:
+        run.write(BENCH, held)
+    else:
+        run.file(BENCH).unlink(missing_ok=True)
+
+
+def digests(*entries: Mapping[str, Any]) -> dict[str, str]:
+    """sha256 of the dense and the pruned file of entries of export.json, by name; none for a target without files."""
+    files = (entry[name] for entry in entries if entry for name in NETWORKS)
+    return {file["file"]: file["engine_sha256" if "engine_sha256" in file else "sha256"] for file in files}
+
+
+def all_digests(exported: Mapping[str, Any]) -> dict[str, str]:
+    """sha256 of every ONNX and engine file of export.json, by name."""
+    return digests(exported, *exported["precisions"].values(), *exported["engines"].values())
+
+
+def _earlier_times(run: Run, exported: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of bench.json: those of files that are still exported, and those of other files."""
+    known = set(all_digests(exported).items())
+    held: list[dict[str, Any]] = []
+    gone: list[dict[str, Any]] = []
+    try:
+        for row in run.read_if(BENCH) or []:
+            Comparison.from_dict(row)
+            (held if known.issuperset(row["files"].items()) else gone).append(row)
+    except (RunError, KeyError, TypeError, AttributeError):  # damaged, or of another version
+        return [], []
+    return held, gone
+
+
+def _what(row: Mapping[str, Any]) -> tuple[str, int]:
+    return row["target"], row["batch"]
 
 
 def _check_batches(run: Run, exported: Mapping[str, Any], target: Target, batches: Sequence[int]) -> None:
@@ -105,21 +151,32 @@ def artifact(run: Run, exported: Mapping[str, Any], target: Target, network: str
     """
     if target.runtime == "torch":
         return load(run.path, dense=network == "dense")
+    facts = _entry(run, exported, target)
     if target.builds:
-        known = exported.get("engines", {}).get(target.name)
-        if not known:
-            flags = f"--{target.runtime} --precision {target.precision}"
-            raise RunError(f"{run.path} has no {target.name} engine; run 'chipdeploy export {flags} --run {run.path}'")
-        return run.file(known[network]["file"])
-    facts = exported if target.precision == "fp32" else exported.get("precisions", {}).get(target.precision)
-    if not facts:
-        flags = f"--precision {target.precision}"
-        raise RunError(
-            f"{run.path} has no {target.precision} network; run 'chipdeploy export {flags} --run {run.path}'"
-        )
+        return run.file(facts[network]["file"])
     path = run.file(facts[network]["file"])
     check_digest(path, facts[network]["sha256"])
     return path
+
+
+def _entry(run: Run, exported: Mapping[str, Any], target: Target) -> Mapping[str, Any]:
+    """What export.json says of the files that a target runs; nothing where it runs modules.
+
+    Raises:
+        RunError: they were not exported.
+    """
+    if target.runtime == "torch":
+        return {}
+    if target.builds:
+        found, what = exported["engines"].get(target.name), f"{target.name} engine"
+        flags = f"--{target.runtime} --precision {target.precision}"
+    else:
+        fp32 = target.precision == "fp32"
+        found = exported if fp32 else exported["precisions"].get(target.precision)
+        what, flags = f"{target.precision} network", f"--precision {target.precision}"
+    if not found:
+        raise RunError(f"{run.path} has no {what}; run 'chipdeploy export {flags} --run {run.path}'")
+    return dict(found)
 
 
 def _open(run: Run, exported: Mapping[str, Any], target: Target, threads: int) -> tuple[Engine, Engine, Engine]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from chipdeploy.bench import BENCH, EXPORT, NETWORKS
+from chipdeploy.bench import EXPORT, NETWORKS, all_digests, digests, drop_times
 from chipdeploy.config import PruneConfig
 from chipdeploy.engines.base import Engine, Images, open_engine
 from chipdeploy.engines.build import BuildOptions, Progress, build_engine, check_buildable
@@ -137,8 +137,8 @@ def export_run(run: Run, options: ExportOptions | None = None, notes: Notes | No
         facts = job.write(folder)
         if before:
             facts = _with_earlier(run, before, facts, notes)
-        keep |= _files(facts)
-    run.file(BENCH).unlink(missing_ok=True)  # it timed files that are gone
+        keep |= set(all_digests(facts))
+    drop_times(run, facts, notes.lost)
     run.write(EXPORT, facts)
     run.seal([EXPORT])
     return facts
@@ -170,8 +170,7 @@ def _earlier(run: Run) -> dict[str, Any] | None:
     """The record of the export before this one; None where there was none, or not one of this version."""
     try:
         before = read_json(run.check(EXPORT, maker="export"))
-        for entry in (before, *before["precisions"].values(), *before["engines"].values()):
-            _digests(entry)
+        all_digests(before)
         return dict(before) if before["max_batch"] > 1 else None
     except (RunError, KeyError, TypeError, AttributeError):
         return None
@@ -198,9 +197,9 @@ def _with_earlier(run: Run, before: dict[str, Any], facts: dict[str, Any], notes
 
 def _flaw(run: Run, before: dict[str, Any], facts: dict[str, Any], entry: dict[str, Any]) -> str:
     """Why an earlier entry does not belong to the networks of a new record; empty where it does."""
-    if _digests(before) != _digests(facts):
+    if digests(before) != digests(facts):
         return "the fp32 networks are others now"
-    for file, sha256 in _digests(entry).items():
+    for file, sha256 in digests(entry).items():
         path = run.file(file)
         if not path.is_file() or digest(path) != sha256:
             return f"{file} is missing or was edited"
@@ -208,18 +207,6 @@ def _flaw(run: Run, before: dict[str, Any], facts: dict[str, Any], entry: dict[s
     if made and any(entry[name].get("onnx_sha256", made[name]["sha256"]) != made[name]["sha256"] for name in NETWORKS):
         return f"the {entry['pruned']['precision']} networks are others now"
     return ""
-
-
-def _digests(entry: dict[str, Any]) -> dict[str, str]:
-    """sha256 of both networks' files of an entry, by name."""
-    files = (entry[name] for name in NETWORKS)
-    return {file["file"]: file["engine_sha256" if "engine_sha256" in file else "sha256"] for file in files}
-
-
-def _files(facts: dict[str, Any]) -> set[str]:
-    """Names of the ONNX and engine files of a record."""
-    entries = [facts, *facts["precisions"].values(), *facts["engines"].values()]
-    return {file for entry in entries for file in _digests(entry)}
 
 
 class _Export:

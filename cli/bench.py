@@ -35,7 +35,7 @@ def bench(
     runs: options.Runs = Path("runs"),
     json: options.Json = False,
 ) -> None:
-    """Time the exported networks against each other on this machine, on one or more targets."""
+    """Time the exported networks against each other on this machine, on one or more targets; earlier times stay."""
     from chipdeploy.bench import BENCH, bench_run
     from chipdeploy.errors import NoisyError
     from chipdeploy.latency.trtexec import read_trtexec

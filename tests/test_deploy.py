@@ -217,12 +217,44 @@ def test_the_report_says_what_there_is(copy):
     assert copy.file("channels.svg").read_text().lstrip().startswith("<?xml")
 
 
+def times(run):
+    return [(item["target"], item["batch"]) for item in run.read("bench.json")]
+
+
+def test_times_add_up_until_their_files_change(copy):
+    lost = []
+    export_run(copy, ExportOptions(precisions=("int8",)))
+    bench_run(copy, targets=["ort-cpu", "ort-cpu-int8"], batches=(1,), seconds=0.05)
+    bench_run(copy, targets=["torch-cpu"], batches=(1,), seconds=0.05)
+    (again,) = bench_run(copy, targets=["ort-cpu"], batches=(1,), seconds=0.05)
+    assert times(copy) == [("ort-cpu-int8", 1), ("torch-cpu", 1), ("ort-cpu", 1)]
+    assert copy.read("bench.json")[-1] == again
+    before = copy.file("bench.json").read_bytes()
+    export_run(copy, ExportOptions(max_batch=32), Notes(lost=lost.append))
+    assert copy.file("bench.json").read_bytes() == before
+    assert lost == []
+    export_run(copy, ExportOptions(precisions=("int8",), keep_worst=1), Notes(lost=lost.append))
+    assert times(copy) == [("torch-cpu", 1), ("ort-cpu", 1)]
+    assert lost == ["dropping the times of batch 1, ort-cpu-int8: the files are others now"]
+
+
+def test_times_of_another_cpu_do_not_stay(copy):
+    bench_run(copy, batches=(1,), seconds=0.05)
+    (item,) = copy.read("bench.json")
+    item["environment"]["cpu"] = "another"
+    copy.write("bench.json", [item])
+    bench_run(copy, batches=(2,), seconds=0.05)
+    assert times(copy) == [("ort-cpu", 2)]
+
+
 @pytest.mark.parametrize("damaged", ["{", "{}", "[3]", "7", '[{"schema": 1}]', '[{"schema": 99}]'])
 def test_damaged_times_are_not_reported(copy, damaged):
     copy.file("bench.json").write_text(damaged)
     with pytest.raises(RunError):
         report_run(copy)
     assert not copy.file("report.md").exists()
+    bench_run(copy, batches=(1,), seconds=0.05)
+    assert times(copy) == [("ort-cpu", 1)]
 
 
 def test_changed_results_are_not_reported(copy):
@@ -293,7 +325,7 @@ def test_every_target_that_was_exported_can_be_timed(deployed):
 )
 def test_a_target_that_was_not_exported_names_the_command(deployed, target, message):
     with pytest.raises(RunError, match=message):
-        bench_run(deployed[0], targets=[target])
+        bench_run(deployed[0], targets=[target], batches=(1,))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -339,7 +371,7 @@ def test_a_failed_conversion_leaves_the_older_export(copy):
     with pytest.raises(InputError, match=r"the calibration data fashion-mini do not fit the network: .*one a channel"):
         export_run(copy, ExportOptions(precisions=("int8",), calibration="fashion-mini"))
     with pytest.raises(UsageError, match="does not build for sm90"):
-        export_run(copy, ExportOptions(runtimes=("rtx",), build=BuildOptions(gpus=("sm90",))))
+        export_run(copy, ExportOptions(runtimes=("rtx",), build=BuildOptions(batches=(1, 2, 4), gpus=("sm90",))))
     assert {path.name: path.read_bytes() for path in copy.path.iterdir()} == before
 
 
@@ -361,8 +393,15 @@ def files_of_exports(run):
     return sorted(path.name for path in run.path.iterdir() if ".onnx" in path.name or ".engine" in path.name)
 
 
+def untimed(run, folder):
+    """A copy of a run, as it was before any bench."""
+    copied = Run(Path(shutil.copytree(run.path, folder / "run")))
+    copied.file("bench.json").unlink(missing_ok=True)
+    return copied
+
+
 def test_exports_add_up(deployed, tmp_path):
-    run = Run(Path(shutil.copytree(deployed[0].path, tmp_path / "run")))
+    run = untimed(deployed[0], tmp_path)
     run.file("pruned-rtx-fp16.engine.cache").write_bytes(b"kernels")
     run.file("dense-int8.onnx").write_bytes(b"edited")
     before = files_of_exports(run)
@@ -378,7 +417,7 @@ def test_exports_add_up(deployed, tmp_path):
 
 def test_what_was_made_stays_for_other_largest_batches(deployed, tmp_path):
     run, first, _ = deployed
-    run = Run(Path(shutil.copytree(run.path, tmp_path / "run")))
+    run = untimed(run, tmp_path)
     before, lost = files_of_exports(run), []
     for given, largest in ((2, 2), (None, 2), (128, 128)):
         facts = export_run(run, ExportOptions(max_batch=given), Notes(lost=lost.append))
@@ -393,7 +432,7 @@ def test_what_was_made_stays_for_other_largest_batches(deployed, tmp_path):
 
 
 def test_an_export_of_other_networks_begins_anew(deployed, tmp_path):
-    run = Run(Path(shutil.copytree(deployed[0].path, tmp_path / "run")))
+    run = untimed(deployed[0], tmp_path)
     edited, lost = run.read("export.json"), []
     edited["dense"]["sha256"] = edited["pruned"]["sha256"]
     run.write("export.json", edited)
@@ -407,7 +446,7 @@ def test_an_export_of_other_networks_begins_anew(deployed, tmp_path):
 
 
 def test_engines_go_with_the_network_that_they_were_built_of(deployed, tmp_path):
-    run = Run(Path(shutil.copytree(deployed[0].path, tmp_path / "run")))
+    run = untimed(deployed[0], tmp_path)
     lost = []
     facts = export_run(run, ExportOptions(precisions=("int8",), keep_worst=1), Notes(lost=lost.append))
     assert list(facts["engines"]) == ["rtx-fp32", "rtx-fp16"]

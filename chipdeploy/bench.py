@@ -97,7 +97,7 @@ def drop_times(run: Run, exported: Mapping[str, Any], tell: Callable[[str], None
         run.file(BENCH).unlink(missing_ok=True)
 
 
-def digests(*entries: Mapping[str, Any]) -> dict[str, str]:
+def digests(*entries: Mapping[str, Any] | None) -> dict[str, str]:
     """sha256 of the dense and the pruned file of entries of export.json, by name; none for a target without files."""
     files = (entry[name] for entry in entries if entry for name in NETWORKS)
     return {file["file"]: file["engine_sha256" if "engine_sha256" in file else "sha256"] for file in files}

@@ -13,7 +13,7 @@ from chipdeploy.run import Run, read_json
 
 
 def bundle_run(run: Run, folder: Path, *, preprocess: bool = False, top_k: int | None = None) -> dict[str, Any]:
-    """Pack the pruned network of an exported run, in its best or else its first precision, with its engines.
+    """Pack the pruned network of an exported run, in the precision that was asked for last, with its engines.
 
     Returns the bundle's manifest.
 
@@ -22,7 +22,7 @@ def bundle_run(run: Run, folder: Path, *, preprocess: bool = False, top_k: int |
         UsageError: `top_k` without `preprocess`, or out of range.
     """
     exported = read_json(run.check(EXPORT, maker="export"))
-    precision = exported["best"]["precision"] if "best" in exported else exported["asked"]
+    precision = exported["asked"]
     facts = exported if precision == "fp32" else exported["precisions"][precision]
     engines = [run.file(entry["pruned"]["file"]) for entry in exported["engines"].values()]
     return write_bundle(

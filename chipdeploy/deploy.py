@@ -53,7 +53,8 @@ class ExportOptions:
 
     Args:
         max_batch: largest batch that the ONNX files are made for; None takes that of the last export, else `MAX_BATCH`.
-        precisions: of the networks; fp32 is always among them, the others are made from it.
+        precisions: of the networks, that of the bundle first; fp32 is always made, and the others are made from it.
+            Where none is given, and not `best` either, the bundle stays with that of the last export, at first fp32.
         best: make `CANDIDATES`, time them, and name the fastest that loses at most `max_drop` points.
         runtimes: `trt`, `rtx`: an engine of every network in every precision.
         build: of the engines.
@@ -66,7 +67,7 @@ class ExportOptions:
     """
 
     max_batch: int | None = None
-    precisions: tuple[str, ...] = ("fp32",)
+    precisions: tuple[str, ...] = ()
     best: bool = False
     max_drop: float = MAX_DROP
     runtimes: tuple[str, ...] = ()
@@ -137,6 +138,8 @@ def export_run(run: Run, options: ExportOptions | None = None, notes: Notes | No
         facts = job.write(folder)
         if before:
             facts = _with_earlier(run, before, facts, notes)
+            if not (options.precisions or options.best) and before["asked"] in facts["precisions"]:
+                facts["asked"] = before["asked"]
         keep |= set(all_digests(facts))
     drop_times(run, facts, notes.lost)
     run.write(EXPORT, facts)
@@ -171,7 +174,7 @@ def _earlier(run: Run) -> dict[str, Any] | None:
     try:
         before = read_json(run.check(EXPORT, maker="export"))
         all_digests(before)
-        return dict(before) if before["max_batch"] > 1 else None
+        return dict(before) if before["max_batch"] > 1 and before["asked"] in PRECISIONS else None
     except (RunError, KeyError, TypeError, AttributeError):
         return None
 
@@ -189,9 +192,9 @@ def _with_earlier(run: Run, before: dict[str, Any], facts: dict[str, Any], notes
             else:
                 kept[name] = entry
         merged[kind] = kept | facts[kind]
-    chosen = before.get("best")
-    if chosen and "best" not in facts and chosen["precision"] in {"fp32", *merged["precisions"]}:
-        merged["best"] = chosen
+    timed, now = (digests(*map(record["precisions"].get, CANDIDATES)) for record in (before, merged))
+    if "best" in before and timed == now:
+        merged.setdefault("best", before["best"])
     return merged
 
 
@@ -244,6 +247,7 @@ class _Export:
         if self._options.best:
             self._notes.step("timing the precisions")
             facts["best"] = self._choose(folder, facts)
+            facts["asked"] = facts["best"]["precision"]
         return facts
 
     def _networks(self, folder: Path, precision: str) -> dict[str, Any]:

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 def export(
     run: options.RunDir = None,
     precision: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--precision",
-            help="fp32, fp16, int8, bf16, fp8, with commas between; best: make fp32, fp16 and int8 and time them.",
+            help="fp32, fp16, int8, bf16, fp8, with commas between, that of the bundle first; best: make fp32, fp16 "
+            "and int8 and time them. [fp32; the bundle: that of the last export]",
         ),
-    ] = "fp32",
+    ] = None,
     max_drop: Annotated[
         float | None, typer.Option("--max-drop", help="Points of accuracy that the best precision may lose. [0.5]")
     ] = None,
@@ -102,8 +103,11 @@ def export(
         print_json({"run": str(directory.path), **facts})
         return
     print_export(facts, directory.path)
+    if wanted.best:
+        print_choice(facts["best"])
     if bundle:
-        console().print(f"bundle: {bundle}; run it with python {quoted(bundle / 'infer.py')} IMAGES.npy")
+        run_it = f"python {quoted(bundle / 'infer.py')} IMAGES.npy"
+        console().print(f"bundle: {bundle}, in {facts['asked']}; run it with {run_it}")
     targets = _targets(facts)
     on = f"--on {','.join(targets)} " if len(targets) > 1 else ""
     console().print(f"next: chipdeploy bench {on}--run {quoted(directory.path)}")
@@ -123,7 +127,7 @@ def _refuse(message: str) -> None:
 
 def _wanted(
     *,
-    precision: str,
+    precision: str | None,
     max_drop: float | None,
     runtimes: list[str],
     build: dict[str, Any],
@@ -135,7 +139,7 @@ def _wanted(
     from chipdeploy.engines.build import BuildOptions, timing_cache
     from chipdeploy.export.precision import PrecisionOptions
 
-    parts = [part.strip() for part in precision.split(",")]
+    parts = [] if precision is None else [part.strip() for part in precision.split(",")]
     best = parts == ["best"]
     if "best" in parts and not best:
         _refuse("--precision best makes fp32, fp16 and int8 itself; give it alone")
@@ -200,8 +204,6 @@ def print_export(facts: dict[str, Any], folder: Path) -> None:
                 f"{folder / engine['file']}: {engine['bytes'] / 1e6:.2f} MB, batches {engine['batches']}, "
                 f"for {engine['gpu_name'] or ', '.join(engine['gpus'])}, built in {engine['seconds']:.1f} s"
             )
-    if "best" in facts:
-        print_choice(facts["best"])
 
 
 def file_line(folder: Path, file: dict[str, Any], checked: dict[str, Any]) -> str:

@@ -346,10 +346,29 @@ def test_a_batch_that_an_engine_was_not_built_for_is_said_before_anything_runs(d
 def test_the_best_precision_is_timed_and_holds_its_accuracy(copy):
     facts = export_run(copy, ExportOptions(best=True, max_drop=100.0))
     best = facts["best"]
+    assert facts["asked"] == best["precision"]
     assert [row["precision"] for row in best["table"]] == ["fp32", "fp16", "int8"]
     ratios = {row["precision"]: row["ratio"] for row in best["table"]}
     certain = [row["precision"] for row in best["table"] if row["ratio_interval"][1] < 1]
     assert best["precision"] == min(["fp32", *certain], key=ratios.get)
+
+
+def test_a_bundle_has_the_precision_that_was_asked_for_last(copy, tmp_path, monkeypatch):
+    choice = {"target": "ort-cpu", "precision": "fp32", "max_drop_points": 0.5, "table": []}
+    monkeypatch.setattr("chipdeploy.deploy.choose", lambda *_, **__: choice)
+    for wanted, precision in (
+        (ExportOptions(precisions=("int8", "fp16")), "int8"),
+        (ExportOptions(), "int8"),
+        (ExportOptions(best=True), "fp32"),
+        (ExportOptions(), "fp32"),
+        (ExportOptions(precisions=("fp16",)), "fp16"),
+    ):
+        facts = export_run(copy, wanted)
+        assert facts["asked"] == precision
+        manifest = bundle_run(copy, tmp_path / "bundle")
+        assert manifest["run"]["precision"] == precision
+        assert digest(tmp_path / "bundle" / "model.onnx") == digest(copy.file(onnx_name("pruned", precision)))
+    assert facts["best"] == choice  # what was measured stays in the report
 
 
 def test_the_layers_that_int8_hurts_most_stay_in_float(copy):

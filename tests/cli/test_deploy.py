@@ -33,7 +33,7 @@ def test_people_see_every_file_and_what_comes_next(exported):
     for name in ("dense-rtx-int8.engine", "pruned-rtx-fp32.engine"):
         (line,) = [line for line in lines if line.startswith(f"{run / name}: ")]
         assert "batches [1, 2, 4], for sm86, sm120" in line
-    assert lines[-2] == f"bundle: {bundle}; run it with python {bundle / 'infer.py'} IMAGES.npy"
+    assert lines[-2] == f"bundle: {bundle}, in fp32; run it with python {bundle / 'infer.py'} IMAGES.npy"
     assert lines[-1] == f"next: chipdeploy bench --on ort-cpu,ort-cpu-int8 --run {run}"
 
 

@@ -20,7 +20,7 @@ from chipdeploy.engines.base import Engine, Images, open_engine
 from chipdeploy.engines.build import BuildOptions, Progress, build_engine, check_buildable
 from chipdeploy.engines.target import TENSORRT, Target
 from chipdeploy.engines.trt import CACHE
-from chipdeploy.errors import InputError, RunError, UsageError, VerificationError
+from chipdeploy.errors import DataError, InputError, RunError, UsageError, VerificationError
 from chipdeploy.export.choose import choose
 from chipdeploy.export.divergence import first_divergence, first_divergence_from_torch
 from chipdeploy.export.onnx import export_onnx
@@ -58,6 +58,7 @@ class ExportOptions:
         best: make `CANDIDATES`, time them, and name the fastest that loses at most `max_drop` points.
         runtimes: `trt`, `rtx`: an engine of every network in every precision.
         build: of the engines.
+        data, data_root: where the run's own data lie now; None takes what the run was made with.
         calibration: data whose training images int8 is calibrated with, as in --data; None takes the run's own.
         precision: of the conversions.
         keep_worst: so many layers, those that int8 hurts most, stay in float.
@@ -72,6 +73,8 @@ class ExportOptions:
     max_drop: float = MAX_DROP
     runtimes: tuple[str, ...] = ()
     build: BuildOptions = field(default_factory=BuildOptions)
+    data: str | None = None
+    data_root: Path | None = None
     calibration: str | None = None
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
     keep_worst: int = 0
@@ -132,7 +135,7 @@ def export_run(run: Run, options: ExportOptions | None = None, notes: Notes | No
     for runtime in options.all_runtimes:
         check_buildable(runtime, options.build.gpus)
     described = read_json(run.check(DATA))
-    data = _data(run, described["digest"])
+    data = _data(run, described["digest"], options)
     job = _Export(run, options, notes, described, data)
     with _aside(run) as (folder, keep):
         facts = job.write(folder)
@@ -222,7 +225,8 @@ class _Export:
         self._images, _ = next(data.val.batches(VERIFY_IMAGES))
         self._models = {name: load(run.path, dense=name == "dense") for name in NETWORKS}
         lossy = [precision for precision in options.all_precisions if precision != "fp32"]
-        self._calibration = _calibration(options.calibration, data) if lossy else None
+        root = options.data_root or run.config.get("data_root")
+        self._calibration = _calibration(options.calibration, data, root) if lossy else None
         self._accurate = bool(lossy)
 
     def write(self, folder: Path) -> dict[str, Any]:
@@ -359,16 +363,25 @@ def accuracy(engine: Engine, data: ImageData, limit: int) -> dict[str, Any]:
     return {"top1": right / seen, "images": seen, "split": "validation"}
 
 
-def _data(run: Run, sha256: str) -> ImageData:
-    """The run's own data. The test images are not touched here."""
+def _data(run: Run, sha256: str, options: ExportOptions) -> ImageData:
+    """The run's own data, wherever they lie now. The test images are not touched here."""
+    given = {"data": options.data, "data_root": options.data_root and str(options.data_root)}
+    moved = {key: value for key, value in given.items() if value is not None}
     # Where the images come from matters here, not what the run trained on: a GPU run may be exported on a CPU machine.
-    data = prepare(PruneConfig(**read_json(run.check(CONFIG)) | {"device": "cpu"})).data
+    config = PruneConfig(**read_json(run.check(CONFIG)) | moved | {"device": "cpu"})
+    try:
+        data = prepare(config).data
+    except DataError as error:
+        raise DataError(
+            f"{error}; where the run's data lie elsewhere now, say so with --data or --data-root"
+        ) from error
     if data.digest != sha256:
-        raise RunError(f"the data of {run.path} changed since it was made; put them back, or make the run again")
+        fix = "give those that it was made with" if moved else "put them back, or say with --data where they are now"
+        raise RunError(f"the data of {run.path} changed since it was made: {config.data} has others; {fix}")
     return data
 
 
-def _calibration(spec: str | None, data: ImageData) -> Images:
+def _calibration(spec: str | None, data: ImageData, root: Path | str | None) -> Images:
     """Training images as the network sees them, float32 [N, C, H, W]: never validation or test images.
 
     Raises:
@@ -377,7 +390,9 @@ def _calibration(spec: str | None, data: ImageData) -> Images:
     source = data
     if spec is not None:
         try:
-            source = load_data(spec, mean=data.mean, std=data.std, image_size=data.image_size)
+            source = load_data(
+                spec, root=Path(root) if root else None, mean=data.mean, std=data.std, image_size=data.image_size
+            )
         except UsageError as error:  # the network's own normalisation has another number of channels
             raise InputError(f"the calibration data {spec} do not fit the network: {error}") from error
         if source.shape != data.shape:

@@ -38,6 +38,14 @@ def export(
     ] = None,
     level: Annotated[int | None, typer.Option("--level", help="Effort of the build, 0 to 5.")] = None,
     workspace_mb: Annotated[int | None, typer.Option("--workspace-mb", help="Scratch memory of the engines.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Where the run's own data lie now, as in prune's --data. Default: where they lay."),
+    ] = None,
+    data_root: Annotated[
+        Path | None,
+        typer.Option("--data-root", help="Folder of data sets in their published form. Default: that of the run."),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option("--calibration", help="Data to calibrate int8 with, as in --data. Default: the run's own."),
@@ -88,6 +96,8 @@ def export(
             "--keep-float": keep_float,
         },
         max_batch=max_batch,
+        data=data,
+        data_root=data_root,
     )
     if (with_preprocess or top_k is not None) and bundle is None:
         _refuse("--with-preprocess and --top-k say what a bundle holds; add --bundle DIR")
@@ -133,6 +143,8 @@ def _wanted(
     build: dict[str, Any],
     int8: dict[str, Any],
     max_batch: int | None,
+    data: str | None,
+    data_root: Path | None,
 ) -> ExportOptions:
     """The options as the library takes them. Raises UsageError for those that do not go together."""
     from chipdeploy.deploy import MAX_DROP, ExportOptions
@@ -163,6 +175,8 @@ def _wanted(
             workspace_mb=build["--workspace-mb"],
             timing_cache=timing_cache() if "trt" in runtimes else None,
         ),
+        data=data,
+        data_root=data_root,
         calibration=int8["--calibration"],
         precision=PrecisionOptions(
             rest=int8["--int8-rest"] or "fp32", method=int8["--calibration-method"] or PrecisionOptions().method

@@ -34,6 +34,7 @@ from chipdeploy.pipeline import check_budget, prune
 from chipdeploy.reporting import report_run
 from chipdeploy.result import load
 from chipdeploy.run import Run
+from chipdeploy.training.data import load_data
 from chipdeploy.training.loop import Silent
 
 NET = """
@@ -163,9 +164,38 @@ def test_options_out_of_range_change_nothing(copy):
 def test_other_data_are_not_exported_with(tmp_path):
     run = make_run(tmp_path, "plain")
     write_data(tmp_path / "data.npz", classes=2)
-    with pytest.raises(RunError, match=r"the data of .* changed"):
-        export_run(run)
+    other = f"npz:{tmp_path / 'data.npz'}"
+    for options in (ExportOptions(), ExportOptions(data=other)):
+        with pytest.raises(RunError, match=r"the data of .* changed since it was made: npz:.*data\.npz has others"):
+            export_run(run, options)
     assert not run.file("dense.onnx").exists()
+    (tmp_path / "data.npz").unlink()
+    with pytest.raises(DataError, match=r"data\.npz' does not exist.* say so with --data or --data-root"):
+        export_run(run)
+
+
+def test_data_that_lie_elsewhere_now(exported, tmp_path, monkeypatch):
+    """The run keeps no place of its data but that of its settings."""
+    run = Run(Path(shutil.copytree(exported[0].path, tmp_path / "run")))
+    config = run.config | {"data": "npz:gone.npz", "data_root": "roots"}
+    run.write("config.json", config)
+    run.seal(["config.json"])
+    write_data(tmp_path / "here.npz")
+    with pytest.raises(DataError, match="does not exist"):
+        export_run(run)
+    spec = f"npz:{tmp_path / 'here.npz'}"
+    roots = []
+
+    def spy(spec, *, root=None, **rest):
+        roots.append(root)
+        return load_data(spec, root=root, **rest)
+
+    monkeypatch.setattr("chipdeploy.deploy.load_data", spy)
+    for given, root in ((None, Path("roots")), (tmp_path / "other", tmp_path / "other")):
+        export_run(run, ExportOptions(precisions=("int8",), data=spec, data_root=given, calibration=spec))
+        assert roots.pop() == root
+    assert run.config == config
+    assert all(str(tmp_path) not in path.read_text() for path in run.path.glob("*.json") if path.name != "config.json")
 
 
 @pytest.mark.parametrize("name", ["pruned.safetensors", "dense.safetensors", "plan.json", "data.json", "config.json"])

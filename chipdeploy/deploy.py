@@ -23,6 +23,7 @@ from chipdeploy.engines.trt import CACHE
 from chipdeploy.errors import DataError, InputError, RunError, UsageError, VerificationError
 from chipdeploy.export.choose import choose
 from chipdeploy.export.divergence import first_divergence, first_divergence_from_torch
+from chipdeploy.export.modelopt import check_installed
 from chipdeploy.export.onnx import export_onnx
 from chipdeploy.export.precision import PRECISIONS, PrecisionOptions, check_options, convert
 from chipdeploy.export.sensitivity import sensitivity
@@ -64,7 +65,7 @@ class ExportOptions:
         keep_worst: so many layers, those that int8 hurts most, stay in float.
 
     Raises:
-        UsageError: an unknown precision or runtime, engines for larger batches than the networks, a number below 0.
+        UsageError: an unknown precision or runtime, engines for larger batches than networks, a number out of range.
     """
 
     max_batch: int | None = None
@@ -86,6 +87,10 @@ class ExportOptions:
         ):
             if unknown := [value for value in values if value not in known]:
                 raise UsageError(f"unknown {what} {unknown[0]!r}; use {', '.join(known)}")
+        if self.max_batch is not None and self.max_batch < 2:
+            raise UsageError(
+                f"max_batch must be at least 2 for a free batch size, got {self.max_batch}; e.g. {MAX_BATCH}"
+            )
         if self.runtimes and self.max_batch and self.build.batches[-1] > self.max_batch:
             raise UsageError(
                 f"engines for batches up to {self.build.batches[-1]} need networks for as many, "
@@ -130,6 +135,8 @@ def export_run(run: Run, options: ExportOptions | None = None, notes: Notes | No
             stays as it was.
     """
     options, notes = options or ExportOptions(), notes or Notes()
+    for precision in options.all_precisions:
+        check_installed(precision)
     before = _earlier(run)
     options = replace(options, max_batch=options.max_batch or (before["max_batch"] if before else MAX_BATCH))
     for runtime in options.all_runtimes:
@@ -177,7 +184,7 @@ def _earlier(run: Run) -> dict[str, Any] | None:
     try:
         before = read_json(run.check(EXPORT, maker="export"))
         all_digests(before)
-        return dict(before) if before["max_batch"] > 1 and before["asked"] in PRECISIONS else None
+        return dict(before) if before["max_batch"] >= 2 and before["asked"] in PRECISIONS else None
     except (RunError, KeyError, TypeError, AttributeError):
         return None
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -424,6 +425,15 @@ def test_a_failed_conversion_leaves_the_older_export(copy):
     assert {path.name: path.read_bytes() for path in copy.path.iterdir()} == before
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_precision_that_needs_a_package_is_refused_before_any_work(copy, monkeypatch, precision):
+    monkeypatch.setitem(sys.modules, "modelopt", None)
+    told = []
+    with pytest.raises(MissingError, match=f"{precision} needs NVIDIA's Model Optimizer"):
+        export_run(copy, ExportOptions(precisions=("fp16", precision)), Notes(step=told.append))
+    assert told == []
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -431,6 +441,7 @@ def test_a_failed_conversion_leaves_the_older_export(copy):
         ({"runtimes": ("ort",)}, "unknown runtime 'ort'"),
         ({"runtimes": ("rtx",), "max_batch": 16}, "batches up to 32 need networks for as many, got 16"),
         ({"max_drop": -1.0}, "from 0 to 100, got -1"),
+        ({"max_batch": 0}, "max_batch must be at least 2 for a free batch size, got 0; e.g. 64"),
     ],
 )
 def test_options_that_make_no_sense(wrong, message):

@@ -18,6 +18,15 @@ NOT_RUN = (
 )
 
 
+MODULES = {"bf16": "modelopt.onnx.autocast.convert", "fp8": "modelopt.onnx.quantization"}
+
+
+def check_installed(precision: str) -> None:
+    """Raises MissingError where a precision needs nvidia-modelopt and it is not installed."""
+    if precision in MODULES:
+        _module(precision)
+
+
 def to_bf16(proto: Any, *, keep_io: bool) -> Any:
     """An `onnx.ModelProto` in bf16, which has the range of fp32: nothing overflows.
 
@@ -25,7 +34,7 @@ def to_bf16(proto: Any, *, keep_io: bool) -> Any:
         MissingError: nvidia-modelopt is not installed.
         ExportError: it cannot convert the network.
     """
-    convert = _module("modelopt.onnx.autocast.convert", "bf16")
+    convert = _module("bf16")
     with step("convert the network to bf16"), quiet():
         return convert.convert_to_f16(proto, low_precision_type="bf16", keep_io_types=keep_io)
 
@@ -37,7 +46,7 @@ def to_fp8(proto: Any, images: Images, *, keep_float: Sequence[str], rest: str) 
         MissingError: nvidia-modelopt is not installed.
         ExportError: it cannot convert the network.
     """
-    quantization = _module("modelopt.onnx.quantization", "fp8")
+    quantization = _module("fp8")
     with step("convert the network to fp8"), quiet(), tempfile.TemporaryDirectory() as folder:
         import onnx
 
@@ -56,9 +65,9 @@ def to_fp8(proto: Any, images: Images, *, keep_float: Sequence[str], rest: str) 
         return onnx.load(target)
 
 
-def _module(name: str, precision: str) -> Any:
+def _module(precision: str) -> Any:
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(MODULES[precision])
     except ImportError as error:
         raise MissingError(
             f"{precision} needs NVIDIA's Model Optimizer; in an environment of its own, since its versions conflict "

@@ -95,6 +95,7 @@ def test_trtexec_times_are_shown_beside(exported, call, tmp_path):
         (("export", "--precision", "fp64"), 2, "unknown precision 'fp64'; use fp32, fp16, bf16, int8, fp8"),
         (("export", "--max-drop", "1"), 2, "add --precision best"),
         (("export", "--gpu", "sm86"), 2, "add --rtx"),
+        (("export", "--max-batch", "0"), 2, "must be at least 2 for a free batch size, got 0; e.g. 64"),
         (("export", "--rtx", "--gpu", "sm90"), 2, "does not build for sm90; known: sm75"),
         (("export", "--rtx", "--gpu", "sm86", "--batch", "8:4"), 2, "smallest:usual:largest"),
         (("export", "--rtx", "--gpu", "sm86", "--batch", "8:4:2"), 2, "got 8:4:2"),

@@ -57,7 +57,7 @@ class ExportOptions:
         precisions: of the networks, that of the bundle first; fp32 is always made, and the others are made from it.
             Where none is given, and not `best` either, the bundle stays with that of the last export, at first fp32.
         best: make `CANDIDATES`, time them, and name the fastest that loses at most `max_drop` points.
-        runtimes: `trt`, `rtx`: an engine of every network in every precision.
+        runtimes: `trt`, `rtx`: an engine of every network in the precisions that are asked for; fp32 where none is.
         build: of the engines.
         data, data_root: where the run's own data lie now; None takes what the run was made with.
         calibration: data whose training images int8 is calibrated with, as in --data; None takes the run's own.
@@ -104,8 +104,14 @@ class ExportOptions:
 
     @property
     def all_precisions(self) -> tuple[str, ...]:
-        """fp32 first, each once."""
+        """Of the networks: fp32 first, each once."""
         return tuple(dict.fromkeys(("fp32", *self.precisions, *(CANDIDATES if self.best else ()))))
+
+    @property
+    def engine_precisions(self) -> tuple[str, ...]:
+        """Of the engines, each once: nobody waits for an fp32 engine that was not asked for."""
+        asked = (*self.precisions, *(CANDIDATES if self.best else ()))
+        return tuple(dict.fromkeys(asked or ("fp32",)))
 
     @property
     def all_runtimes(self) -> tuple[str, ...]:
@@ -252,7 +258,7 @@ class _Export:
             else:
                 facts["precisions"][precision] = entry
         for runtime in self._options.all_runtimes:
-            for precision in self._options.all_precisions:
+            for precision in self._options.engine_precisions:
                 target = Target.parse(f"{runtime}-{precision}")
                 facts["engines"][target.name] = self._engines(folder, target)
         if self._options.best:

@@ -27,8 +27,12 @@ def export(
     max_drop: Annotated[
         float | None, typer.Option("--max-drop", help="Points of accuracy that the best precision may lose. [0.5]")
     ] = None,
-    trt: Annotated[bool, typer.Option("--trt", help="Build TensorRT engines, on this GPU and for it.")] = False,
-    rtx: Annotated[bool, typer.Option("--rtx", help="Build TensorRT-RTX engines, with --gpu ahead of time.")] = False,
+    trt: Annotated[
+        bool, typer.Option("--trt", help="Build TensorRT engines in --precision, on this GPU and for it.")
+    ] = False,
+    rtx: Annotated[
+        bool, typer.Option("--rtx", help="Build TensorRT-RTX engines in --precision, with --gpu ahead of time.")
+    ] = False,
     gpu: Annotated[
         str | None, typer.Option("--gpu", help="Compute capabilities for --rtx, e.g. sm86,sm89; needs no GPU here.")
     ] = None,

@@ -402,6 +402,16 @@ def test_a_bundle_has_the_precision_that_was_asked_for_last(copy, tmp_path, monk
     assert facts["best"] == choice  # what was measured stays in the report
 
 
+def test_an_engine_of_fp16_comes_alone(copy):
+    build = BuildOptions(batches=(1, 2, 4), gpus=("sm86",))
+    facts = export_run(copy, ExportOptions(precisions=("fp16",), runtimes=("rtx",), build=build))
+    assert list(facts["engines"]) == ["rtx-fp16"]
+    assert [path.name for path in sorted(copy.path.glob("*.engine"))] == [
+        "dense-rtx-fp16.engine",
+        "pruned-rtx-fp16.engine",
+    ]
+
+
 def test_the_layers_that_int8_hurts_most_stay_in_float(copy):
     facts = export_run(copy, ExportOptions(precisions=("int8",), keep_worst=1))
     for name in ("dense", "pruned"):
@@ -432,6 +442,21 @@ def test_a_precision_that_needs_a_package_is_refused_before_any_work(copy, monke
     with pytest.raises(MissingError, match=f"{precision} needs NVIDIA's Model Optimizer"):
         export_run(copy, ExportOptions(precisions=("fp16", precision)), Notes(step=told.append))
     assert told == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "networks", "engines"),
+    [
+        ({}, ("fp32",), ("fp32",)),
+        ({"precisions": ("fp16",)}, ("fp32", "fp16"), ("fp16",)),
+        ({"precisions": ("int8", "fp32", "int8")}, ("fp32", "int8"), ("int8", "fp32")),
+        ({"best": True}, ("fp32", "fp16", "int8"), ("fp32", "fp16", "int8")),
+    ],
+)
+def test_engines_are_built_in_the_precisions_that_were_asked_for(asked, networks, engines):
+    options = ExportOptions(**asked)
+    assert options.all_precisions == networks
+    assert options.engine_precisions == engines
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Classify images with the network beside this file; needs onnxruntime and numpy, nothing else.
 
 python infer.py IMAGES...: .npy, .npz (its only array, or `images`) or raw bytes: uint8 [N, H, W, C], or one [H, W, C].
+Image files (.jpg, .png, ...) are not decoded here.
 From Python: `from infer import classify`; `classify(images)` gives the number of each image's class.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -19,18 +21,25 @@ import onnxruntime
 
 HERE = Path(__file__).resolve().parent
 PROVIDERS = ["CPUExecutionProvider"]
+ERRORS_ONLY = 3  # the warnings of ONNX Runtime are for whoever exports
+ENCODED = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 @cache
 def load() -> tuple[dict[str, Any], Any]:
     """The manifest with the labels, and a session of model.onnx."""
     manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
-    session = onnxruntime.InferenceSession(content("model.onnx", manifest), providers=PROVIDERS)
-    return manifest | {"labels": content("labels.txt", manifest).decode().splitlines()}, session
+    labels = content("labels.txt", manifest).decode().splitlines()
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = ERRORS_ONLY
+    session = onnxruntime.InferenceSession(content("model.onnx", manifest), settings, providers=PROVIDERS)
+    return manifest | {"labels": labels}, session
 
 
 def content(name: str, manifest: dict[str, Any]) -> bytes:
     """The bytes of a file beside this one, once their digest agrees with the manifest."""
+    if not (HERE / name).is_file():
+        raise ValueError(f"{name} is missing beside infer.py; copy the bundle again")
     found = (HERE / name).read_bytes()
     if hashlib.sha256(found).hexdigest() != manifest["files"][name]["sha256"]:
         raise ValueError(f"{name} is not the file of manifest.json (sha256 differs); copy the bundle again")
@@ -77,8 +86,15 @@ def prepared(pixels: Any, manifest: dict[str, Any]) -> Any:
 
 def read(path: Path) -> Any:
     """The array of a file."""
+    size = load()[0]["images"]["shape"][1:]
+    shape = " x ".join(map(str, size))
+    if path.suffix.lower() in ENCODED:
+        raise ValueError(f"image files are not decoded here; give its pixels, {shape}, as uint8 .npy")
     if path.suffix not in (".npy", ".npz"):
-        return np.fromfile(path, np.uint8).reshape(-1, *load()[0]["images"]["shape"][1:])
+        found = np.fromfile(path, np.uint8)
+        if found.size % np.prod(size):
+            raise ValueError(f"holds {found.size} bytes, an image has {np.prod(size)}; give raw uint8 pixels, {shape}")
+        return found.reshape(-1, *size)
     found = np.load(path)
     return found if path.suffix == ".npy" else found[found.files[0] if len(found.files) == 1 else "images"]
 
@@ -91,11 +107,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.top < 1:
         parser.error(f"--top is a number from 1 on, got {options.top}")
+    try:
+        labels = load()[0]["labels"]
+    except Exception as error:  # whatever it is, its reader wants one line
+        sys.exit(f"error: the bundle cannot be loaded: {' '.join(str(error).split())}")
     for path in options.images:
         try:
-            labels = load()[0]["labels"]
             classes, shares = predict(read(path))
-        except Exception as error:  # whatever it is, its reader wants one line
+        except Exception as error:
             sys.exit(f"error: {path}: {' '.join(str(error).split())}")
         for number, (best, share) in enumerate(zip(classes, shares, strict=True)):
             found = [f"{labels[k]} {p:.4f}" for k, p in list(zip(best, share, strict=True))[: options.top]]
@@ -103,4 +122,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -19,6 +19,7 @@ from chipdeploy.errors import ChipdeployError, DataError, ExportError, UsageErro
 from chipdeploy.export import bundle, folders
 from chipdeploy.export.bundle import write_bundle
 from chipdeploy.export.onnx import export_onnx
+from chipdeploy.export.precision import PrecisionOptions, convert
 from chipdeploy.training.splits import Normaliser
 
 SIZE = (3, 8, 12)
@@ -259,7 +260,49 @@ def test_infer_refuses_in_one_line(make, tmp_path):
     with (folder / "model.onnx").open("ab") as file:
         file.write(b"\0")
     (line,) = infer(folder, tmp_path / "good.npy", code=1).splitlines()
-    assert "model.onnx is not the file of manifest.json" in line
+    assert line.startswith("error: the bundle cannot be loaded: model.onnx is not the file of manifest.json")
+    (folder / "labels.txt").unlink()
+    (line,) = infer(folder, tmp_path / "good.npy", code=1).splitlines()
+    assert line == "error: the bundle cannot be loaded: labels.txt is missing beside infer.py; copy the bundle again"
+
+
+def test_infer_says_what_to_do_with_image_files(make, tmp_path):
+    make()
+    for name in ("photo.jpg", "fake.PNG"):  # the second holds as many bytes as an image has
+        (tmp_path / name).write_bytes(bytes(8 * 12 * 3))
+        line = infer(tmp_path / "bundle", tmp_path / name, code=1)
+        fix = "image files are not decoded here; give its pixels, 8 x 12 x 3, as uint8 .npy"
+        assert line == f"error: {tmp_path / name}: {fix}\n"
+    (tmp_path / "short.bin").write_bytes(b"x" * 100)
+    line = infer(tmp_path / "bundle", tmp_path / "short.bin", code=1)
+    assert line.endswith("short.bin: holds 100 bytes, an image has 288; give raw uint8 pixels, 8 x 12 x 3\n")
+
+
+def test_infer_stops_quietly_when_its_reader_does(make, tmp_path):
+    make()
+    np.save(tmp_path / "images.npy", pixels(2000))  # more lines than a pipe holds
+    line = [sys.executable, "-I", "-B", "infer.py", str(tmp_path / "images.npy")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(line, cwd=tmp_path / "bundle", text=True, env={"OMP_NUM_THREADS": "1"}, **pipes) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 0
+
+
+def test_infer_keeps_the_warnings_of_onnxruntime_to_itself(make, tmp_path):
+    torch.manual_seed(0)
+    body = [nn.Conv2d(SIZE[0], 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
+    net = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, len(LABELS)))
+    export_onnx(net, torch.zeros(2, *SIZE), tmp_path / "net.onnx")
+    images = np.random.default_rng(0).standard_normal((8, *SIZE), dtype=np.float32)
+    convert(tmp_path / "net.onnx", tmp_path / "mixed.onnx", "int8", images, options=PrecisionOptions(rest="fp16"))
+    make(onnx=tmp_path / "mixed.onnx", sha256=None)
+    np.save(tmp_path / "images.npy", pixels(2))
+    line = [sys.executable, "-I", "-B", "infer.py", str(tmp_path / "images.npy")]
+    done = subprocess.run(line, cwd=tmp_path / "bundle", capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 2
 
 
 def test_engines_are_copied_with_their_manifests(make, tmp_path):

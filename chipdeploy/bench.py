@@ -81,8 +81,8 @@ def bench_run(
             results += [row | {"files": files} for row in measured]
     now = {_what(row) for row in results}
     held, _ = _earlier_times(run, exported)
-    cpu = results[0]["environment"]["cpu"]
-    run.write(BENCH, [r for r in held if _what(r) not in now and r["environment"].get("cpu") == cpu] + results)
+    cpus = {row["environment"]["cpu"] for row in results}
+    run.write(BENCH, [r for r in held if _what(r) not in now and r["environment"].get("cpu") in cpus] + results)
     return results
 
 

@@ -144,6 +144,8 @@ def export_run(run: Run, options: ExportOptions | None = None, notes: Notes | No
     for precision in options.all_precisions:
         check_installed(precision)
     before = _earlier(run)
+    if not before and run.file(EXPORT).is_file():
+        notes.lost(f"dropping what was exported before: {EXPORT} was edited, or is of another version")
     options = replace(options, max_batch=options.max_batch or (before["max_batch"] if before else MAX_BATCH))
     for runtime in options.all_runtimes:
         check_buildable(runtime, options.build.gpus)

@@ -530,6 +530,14 @@ def test_an_export_of_other_networks_begins_anew(deployed, tmp_path):
     assert run.file("pruned.safetensors").is_file()
 
 
+def test_an_edited_record_counts_nothing_and_that_is_said(copy):
+    with copy.file("export.json").open("a") as file:
+        file.write(" ")
+    lost = []
+    assert export_run(copy, notes=Notes(lost=lost.append))["max_batch"] == 64
+    assert lost == ["dropping what was exported before: export.json was edited, or is of another version"]
+
+
 def test_engines_go_with_the_network_that_they_were_built_of(deployed, tmp_path):
     run = untimed(deployed[0], tmp_path)
     lost = []

@@ -14,11 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from chipdeploy.errors import UsageError
 
 PREFIX = "CHIPDEPLOY_"
-# Environment variables of this prefix that are no settings.
-NOT_SETTINGS = frozenset({"DEBUG"})
+# Environment variables of this prefix that are no settings: the program's own, and those that stand for an option.
+NOT_SETTINGS = frozenset({"DEBUG", "RUNS", "CONFIG"})
 DEFAULT_ALIGN = 16
 LATENCY_GOALS = ("latency", "latency_ms", "fps")
 BUDGET_FLAGS = ("flops", "params", "channels", "volume")  # two settings each: the kind, and what stays
+# What a run may be asked for: one of these, whatever the settings are called.
+GOALS = (("kind", "keep"), *((name,) for name in LATENCY_GOALS))
 
 
 class TrainConfig(BaseModel):
@@ -51,7 +53,7 @@ class PruneConfig(TrainConfig):
 
     kind: str = "flops"
     keep: float = 0.3
-    latency: float | None = Field(default=None, gt=0, lt=1)
+    latency: float | None = None
     latency_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     fps: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     on: str = "ort-cpu"
@@ -86,17 +88,33 @@ class PruneConfig(TrainConfig):
             raise ValueError("input should be 1 or more, or auto")
         return value
 
+    @field_validator("kind")
+    @classmethod
+    def _budget(cls, value: str) -> str:
+        if value not in (*BUDGET_FLAGS, "latency"):
+            raise ValueError(f"input should be one of {', '.join(BUDGET_FLAGS)}")
+        return value
+
     @field_validator("exclude", mode="before")
     @classmethod
     def _patterns(cls, value: Any) -> Any:
-        """`stem,layer4.*`, as in the environment."""
-        return value.split(",") if isinstance(value, str) else value
+        """`stem, layer4.*`, as in the environment."""
+        if not isinstance(value, str):
+            return value
+        return [pattern.strip() for pattern in value.split(",") if pattern.strip()]
 
-    @field_validator("keep", mode="before")
+    @field_validator("keep", "latency", mode="before")
     @classmethod
     def _share(cls, value: Any) -> Any:
         """`30%`, as on the command line."""
         return float(value.removesuffix("%")) / 100 if isinstance(value, str) and value.endswith("%") else value
+
+    @field_validator("keep", "latency")
+    @classmethod
+    def _between(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value < 1:
+            raise ValueError("input should be a share between 0 and 1")
+        return value
 
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -107,32 +125,55 @@ def settings(
 ) -> dict[str, Any]:
     """Flags over CHIPDEPLOY_* over a TOML file over defaults; flags that are None were not given.
 
+    A goal takes the place of every other goal from below: a run has one.
     File and environment are shared by all commands: what only another command takes is left out.
 
     Raises:
-        UsageError: an unknown key or a value out of range, naming the key.
+        UsageError: an unknown key, two goals in one place, or a value of file or environment that is out of range.
     """
-    known = list(PruneConfig.model_fields)
-    merged: dict[str, Any] = {}
-    for source, values in (("file", _from_file(file)), ("environment", _from_environment(environment))):
-        for key, value in values.items():
-            if key not in known:
-                raise UsageError(f"unknown setting {key!r} in the {source}{_guess(key, known)}")
-            if key in schema.model_fields:
-                merged[key] = value
-    merged |= {key: value for key, value in flags.items() if value is not None}
+    below: dict[str, Any] = {}
+    names: dict[str, str] = {}  # what errors call the settings below the flags
+    for place, values in (("file", _from_file(file)), ("environment", _from_environment(environment))):
+        taken = _taken(schema, values, place)
+        below = _over(below, taken, place)
+        names |= {key: f"{key} in {file}" if place == "file" else PREFIX + key.upper() for key in taken}
+    given = {key: value for key, value in flags.items() if value is not None}
+    merged = _over(below, given, "flags")
+    for key in [key for key in merged if key not in given]:
+        build(schema, {key: merged[key]}, names[key])
     return merged
 
 
-def build(schema: type[Config], values: Mapping[str, Any]) -> Config:
-    """A checked configuration. Raises UsageError for the first value out of range."""
+def build(schema: type[Config], values: Mapping[str, Any], name: str = "") -> Config:
+    """A checked configuration. Raises UsageError for the first value out of range, by the flag or by `name`."""
     try:
         return schema(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = "--" + str(first["loc"][0]).replace("_", "-")
+        key = name or "--" + str(first["loc"][0]).replace("_", "-")
         words = first["msg"].removeprefix("Value error, ").lower()
         raise UsageError(f"{key}: {words}, got {first['input']!r}") from error
+
+
+def _taken(schema: type[TrainConfig], values: dict[str, Any], place: str) -> dict[str, Any]:
+    """What a command takes of the settings in one place. Raises UsageError for one that no command takes."""
+    known = list(PruneConfig.model_fields)
+    for key in values:
+        if key not in known:
+            raise UsageError(f"unknown setting {key!r} in the {place}{_guess(key, known)}")
+    return {key: value for key, value in values.items() if key in schema.model_fields}
+
+
+def _over(below: dict[str, Any], values: dict[str, Any], place: str) -> dict[str, Any]:
+    """Settings of one place over those below it; its goal, if it has one, replaces theirs."""
+    goals = [keys for keys in GOALS if any(key in values for key in keys)]
+    if len(goals) > 1:
+        names = " and ".join(next(key for key in keys if key in values) for keys in goals)
+        raise UsageError(f"one goal at a time, got {names} in the {place}; leave all but one out")
+    if values.get("kind") == "latency":
+        raise UsageError(f"kind = 'latency' in the {place} gives no latency; write latency = 0.5 instead")
+    replaced = [key for keys in GOALS if goals and keys not in goals for key in keys]
+    return {key: value for key, value in below.items() if key not in replaced} | values
 
 
 def _from_file(file: Path | None) -> dict[str, Any]:

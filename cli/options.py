@@ -8,11 +8,14 @@ from typing import Annotated
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; all else goes to stderr.")]
-Runs = Annotated[Path, typer.Option("--runs", help="Folder of the runs.", show_default=True)]
+Runs = Annotated[Path, typer.Option("--runs", help="Folder of the runs.", show_default=True, envvar="CHIPDEPLOY_RUNS")]
 RunDir = Annotated[Path | None, typer.Option("--run", help="Run directory; default: the latest finished run.")]
 NewRun = Annotated[Path | None, typer.Option("--run", help="Run directory to make, or to resume.")]
 Config = Annotated[
-    Path | None, typer.Option("--config", help="TOML file of settings; flags and CHIPDEPLOY_* go first.")
+    Path | None,
+    typer.Option(
+        "--config", help="TOML file of settings; flags and CHIPDEPLOY_* go first.", envvar="CHIPDEPLOY_CONFIG"
+    ),
 ]
 Model = Annotated[
     str | None,

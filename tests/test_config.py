@@ -1,5 +1,8 @@
 """Settings: who wins, what is refused, and by which name."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from chipdeploy.config import PruneConfig, TrainConfig, build, settings
@@ -34,8 +37,56 @@ def test_settings_of_another_command_are_left_out(file):
     assert settings(PruneConfig, {}, file, {"CHIPDEPLOY_ALIGN": "8"})["align"] == "8"
 
 
-def test_switches_of_the_program_are_no_settings():
-    assert settings(TrainConfig, {}, None, {"CHIPDEPLOY_DEBUG": "1"}) == {}
+@pytest.mark.parametrize("name", ["DEBUG", "RUNS", "CONFIG"])
+def test_switches_of_the_program_are_no_settings(name):
+    assert settings(TrainConfig, {}, None, {f"CHIPDEPLOY_{name}": "1"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "variables", "flags", "expected"),
+    [
+        ("latency = 0.5", {}, {"kind": "flops", "keep": 0.5}, {"kind": "flops", "keep": 0.5}),
+        ("latency = 0.5", {"KEEP": "0.4"}, {}, {"keep": "0.4"}),
+        ("", {"LATENCY_MS": "3"}, {"latency": 0.95}, {"latency": 0.95}),
+        ("keep = 0.5\nkind = 'params'", {"FPS": "100"}, {}, {"fps": "100"}),
+        ("kind = 'params'", {"KEEP": "0.4"}, {}, {"kind": "params", "keep": "0.4"}),
+        ("latency = 0.5\nseed = 1", {"SEED": "2"}, {}, {"latency": 0.5, "seed": "2"}),
+    ],
+)
+def test_a_goal_replaces_the_goals_below_it(tmp_path, content, variables, flags, expected):
+    path = tmp_path / "some.toml"
+    path.write_text(content)
+    environment = {f"CHIPDEPLOY_{name}": value for name, value in variables.items()}
+    assert settings(PruneConfig, flags, path, environment) == expected
+    build(PruneConfig, expected)
+
+
+def test_two_goals_in_one_place_are_refused(tmp_path):
+    path = tmp_path / "some.toml"
+    path.write_text("kind = 'params'\nkeep = 0.5\nlatency-ms = 3\n")
+    with pytest.raises(UsageError, match="got kind and latency_ms in the file; leave all but one out"):
+        settings(PruneConfig, {}, path, {})
+    assert settings(TrainConfig, {}, path, {}) == {}
+    with pytest.raises(UsageError, match="got keep and fps in the environment"):
+        settings(PruneConfig, {"latency": 0.5}, None, {"CHIPDEPLOY_KEEP": "0.3", "CHIPDEPLOY_FPS": "9"})
+
+
+def test_a_kind_is_one_of_the_budgets():
+    with pytest.raises(UsageError, match=r"kind = 'latency' in the environment .* write latency = 0\.5"):
+        settings(PruneConfig, {}, None, {"CHIPDEPLOY_KIND": "latency", "CHIPDEPLOY_KEEP": "0.5"})
+    with pytest.raises(UsageError, match=r"CHIPDEPLOY_KIND: input should be one of flops, .*, got 'size'"):
+        settings(PruneConfig, {}, None, {"CHIPDEPLOY_KIND": "size"})
+
+
+def test_values_below_the_flags_are_named_where_they_stand(tmp_path):
+    path = tmp_path / "some.toml"
+    path.write_text('soft-epochs = 0\nbatch = "x"\n')
+    with pytest.raises(UsageError, match=r"^CHIPDEPLOY_SEED: .*, got ''$"):
+        settings(PruneConfig, {}, None, {"CHIPDEPLOY_SEED": ""})
+    with pytest.raises(UsageError, match=rf"^soft_epochs in {path}: .*, got 0$"):
+        settings(PruneConfig, {"batch": 3}, path, {})
+    # What a flag replaces is not looked at.
+    assert settings(TrainConfig, {"batch": 3}, path, {}) == {"batch": 3}
 
 
 @pytest.mark.parametrize("key", ["sead", "Seed", "seed_"])
@@ -89,6 +140,10 @@ def test_no_toml_is_one_line(tmp_path, content):
         ("mean", "a,b"),
         ("keep", "half"),
         ("keep", "x%"),
+        ("keep", "170%"),
+        ("keep", float("nan")),
+        ("kind", "flop"),
+        ("latency", 1),
         ("model", 3),
     ],
 )
@@ -102,6 +157,8 @@ def test_text_as_it_stands_in_the_environment():
     config = build(PruneConfig, {"mean": "0.5,0.25", "std": " 1, 2 ", "keep": "30%", "seed": "7", "lr": "1e-2"})
     assert (config.mean, config.std, config.keep) == ((0.5, 0.25), (1.0, 2.0), 0.3)
     assert (config.seed, config.lr) == (7, 0.01)
+    config = build(PruneConfig, {"latency": "50%", "exclude": "head, a.0,"})
+    assert (config.latency, config.exclude, config.kind, config.align) == (0.5, ("head", "a.0"), "latency", "auto")
 
 
 def test_a_configuration_is_a_value():
@@ -109,3 +166,22 @@ def test_a_configuration_is_a_value():
     assert build(PruneConfig, config.model_dump()) == config
     with pytest.raises(Exception, match="frozen"):
         config.seed = 3
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "settings.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_settings_holds(tmp_path):
+    """Its file is read, its variables are settings, and it names every setting."""
+    path = tmp_path / "birds.toml"
+    path.write_text(re.search(r"^```toml\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)[1])
+    variables = dict(re.findall(r"(CHIPDEPLOY_[A-Z_]+)=([^\s`]+)", PAGE))
+    config = build(PruneConfig, settings(PruneConfig, {}, path, variables))
+    assert (config.model, config.exclude, config.kind, config.keep) == (
+        "my_net.py:build",
+        ("stem.*", "head"),
+        "params",
+        0.4,
+    )
+    assert (config.seed, config.latency) == (3, None)
+    assert [name for name in PruneConfig.model_fields if f"`{name}`" not in PAGE] == []

@@ -40,3 +40,15 @@ def test_an_unknown_setting_gets_a_guess(tmp_path, call, monkeypatch, step):
     outcome = call(*line[:1], *line[3:], cwd=tmp_path)
     assert outcome.code == 2 and "did you mean 'model'?" in outcome.error
     assert [path.name for path in tmp_path.iterdir()] == ["bad.toml"]
+
+
+def test_a_flag_replaces_a_goal_of_the_file_and_of_the_environment(tmp_path, data, call, monkeypatch):
+    (tmp_path / "goal.toml").write_text("latency = 0.5\n")
+    monkeypatch.setenv("CHIPDEPLOY_FPS", "100")
+    monkeypatch.setenv("CHIPDEPLOY_RUNS", "mine")
+    monkeypatch.setenv("CHIPDEPLOY_CONFIG", "goal.toml")
+    outcome = call("prune", "resnet20", "--data", data, "--flops", "0.0001", cwd=tmp_path)
+    assert outcome.code == 5 and "a budget of 0.01% is out of reach" in outcome.error
+    assert "no finished run in mine/" in call("report", cwd=tmp_path).error
+    monkeypatch.setenv("CHIPDEPLOY_CONFIG", "gone.toml")
+    assert "no settings file gone.toml" in call("prune", "--flops", "0.5", cwd=tmp_path).error

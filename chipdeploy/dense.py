@@ -16,15 +16,21 @@ from chipdeploy.run import make_folder, read_json, write_json
 from chipdeploy.training.loop import Watcher, evaluate
 from chipdeploy.training.weights import save_weights
 
+PLACES = ("data", "data_root", "device")  # settings that say where, not what: digests say what the data are
+
 
 def train_dense(job: Job, folder: Path, watcher: Watcher) -> Path:
     """Train the dense network, or find the one trained before with the same settings below `folder`; returns its file.
 
-    The file holds the weights; a JSON file beside it the settings and the accuracies.
+    The file holds the weights; a JSON file beside it the settings and the accuracies. Where the data lie does not
+    matter, nor where they are trained on.
     """
     settings = job.config.model_dump(include=set(TrainConfig.model_fields))
     settings |= {f"{name}_digest": value for name, value in job.inputs.items()}
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    # The same pixels under two names may be normalised in two ways.
+    counts = {name: value for name, value in settings.items() if name not in PLACES}
+    counts |= {"mean": job.data.mean, "std": job.data.std}
+    key = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:12]
     path = folder / f"{Path(job.config.model).stem.replace(':', '-')}-{key}.safetensors"
     facts = path.with_suffix(".json")
     if path.is_file() and facts.is_file() and read_json(facts)["sha256"] == digest(path):

@@ -56,8 +56,9 @@ class Job:
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Digests of what the settings only name: the data, and the file of a model that comes from one."""
-        return {"data": self.data.digest, **model_digest(self.config.model)}
+        """Digests of what the settings only name: data, their images, and the file of a model that comes from one."""
+        data = {"data": self.data.digest, "images": self.data.images_digest}
+        return data | model_digest(self.config.model)
 
     def model(self) -> nn.Module:
         """A fresh network, its initial weights drawn from the seed."""

@@ -223,7 +223,8 @@ class Pruning:
         if not path.is_file():
             return
         tensors, facts = checkpoint.load(path)
-        if changed := [name for name, digest in self._inputs.items() if facts["inputs"].get(name) != digest]:
+        # Older versions did not write down all of them.
+        if changed := [name for name, now in self._inputs.items() if facts["inputs"].get(name, now) != now]:
             raise RunError(f"the {changed[0]} of {self.run.path} changed since it was started; choose another --run")
         self.rows, self.best = facts["rows"], facts["best"]
         prefix = "best."

@@ -214,6 +214,32 @@ def test_a_dense_network_is_trained_once(configure, go, folder):
     assert second.epochs == ["dense 1", "dense 2"]
 
 
+def test_a_dense_network_of_other_pixels_is_not_taken(configure, folder):
+    first = train_dense(prepare(configure()), folder / "dense", Silent())
+    arrays = dict(np.load(folder / "data.npz"))
+    arrays["x_train"][5, 2, 2] ^= 1
+    np.savez(folder / "data.npz", **arrays)
+    second = Recorder()
+    # The moments stay: they are given.
+    given = {"mean": (0.3, 0.3, 0.3), "std": (0.2, 0.2, 0.2)}
+    assert train_dense(prepare(configure()), folder / "dense", second) != first
+    third = train_dense(prepare(configure(**given)), folder / "dense", second)
+    arrays["x_train"][5, 2, 2] ^= 1
+    np.savez(folder / "data.npz", **arrays)
+    assert train_dense(prepare(configure(**given)), folder / "dense", second) != third
+    assert second.epochs == 3 * ["dense 1", "dense 2"]
+
+
+def test_a_dense_network_is_found_again_where_the_data_were_moved(configure, folder):
+    first = train_dense(prepare(configure()), folder / "dense", Silent())
+    (folder / "data.npz").rename(folder / "moved.npz")
+    job = prepare(configure(data=f"npz:{folder / 'moved.npz'}", device="auto"))
+    again = Recorder()
+    assert train_dense(job, folder / "dense", again) == first and not again.epochs
+    own = prepare(configure(data=f"npz:{folder / 'moved.npz'}", mean=job.data.mean, std=job.data.std))
+    assert train_dense(own, folder / "dense", again) == first
+
+
 def test_an_edited_dense_network_is_trained_again(configure, folder):
     job = prepare(configure())
     path = train_dense(job, folder / "dense", Silent())
@@ -244,12 +270,33 @@ def test_a_run_is_not_resumed_on_other_inputs(configure, go, folder):
     with pytest.raises(RunError, match=r"the data of .* changed"):
         go(config)
     write_data(folder / "data.npz")
+    arrays = dict(np.load(folder / "data.npz"))
+    np.savez(folder / "data.npz", **arrays | {"x_test": 255 - arrays["x_test"]})
+    with pytest.raises(RunError, match=r"the images of .* changed"):
+        go(config)
+    write_data(folder / "data.npz")
     (folder / "net.py").write_text(NET + "# changed\n")
     with pytest.raises(RunError, match=r"the model of .* changed"):
         go(config)
     (folder / "net.py").write_text(NET)
     run, _, _ = go(config)
     assert run.finished
+
+
+def test_a_run_of_a_version_that_knew_no_pixels_goes_on(configure, go, folder):
+    config = configure()
+    with pytest.raises(KeyboardInterrupt):
+        go(config, watcher=Recorder(stop="finetune"))
+    saved = folder / "run" / checkpoint.NAME
+    tensors, facts = checkpoint.load(saved)
+    del facts["inputs"]["images"]
+    checkpoint.save(saved, tensors, facts)
+    run, result, watcher = go(config)
+    assert watcher.epochs == ["finetune 1", "finetune 2"]
+    del result["inputs"]["images"]
+    run.write("result.json", result)
+    run.seal(["result.json"])
+    load(run.path)
 
 
 def test_given_weights_are_the_dense_network(configure, go, folder):

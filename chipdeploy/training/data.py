@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,25 @@ class ImageData:
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits that tell apart data of other labels, classes, shape or splits (pixels not read)."""
+        """16 hexadecimal digits that tell apart data of other labels, classes, shape or splits."""
         parts = (self.train, self.val, self.test)
         digest = hashlib.sha256(json.dumps([self.shape, self.classes, [len(part) for part in parts]]).encode())
         for part in parts:
             if isinstance(part, Labelled):
                 digest.update(part.labels.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def images_digest(self) -> str:
+        """16 hexadecimal digits that tell apart other images: by their pixels, or by names and sizes of their files.
+
+        Apart from `digest`, which older runs were made by.
+        """
+        digest = hashlib.sha256()
+        for part in (self.train, self.val, self.test):
+            if isinstance(part, Labelled):
+                for content in part.contents():
+                    digest.update(content)
         return digest.hexdigest()[:16]
 
 

@@ -49,10 +49,14 @@ class Split(Protocol):
 
 @runtime_checkable
 class Labelled(Protocol):
-    """A split that knows its labels without reading its images."""
+    """A split that knows its labels, and what tells its images from others, without decoding them."""
 
     @property
     def labels(self) -> Tensor: ...
+
+    def contents(self) -> Iterator[bytes | memoryview]:
+        """The pixels where they are in memory; names and sizes of the files where they are not."""
+        ...
 
 
 class Normaliser:
@@ -100,6 +104,10 @@ class MemorySplit:
     def labels(self) -> Tensor:
         """int64 [N]."""
         return self._labels
+
+    def contents(self) -> Iterator[bytes | memoryview]:
+        """See `Labelled.contents`."""
+        yield self._images.numpy().data
 
     def batches(
         self, size: int, *, seed: int | None = None, augment: bool = False, device: torch.device | str = "cpu"
@@ -153,6 +161,11 @@ class FolderSplit:
     def labels(self) -> Tensor:
         """int64 [N]."""
         return self._labels
+
+    def contents(self) -> Iterator[bytes | memoryview]:
+        """See `Labelled.contents`. The folder of a class and the name in it: a data set may be moved."""
+        for path in self._paths:
+            yield f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode(errors="surrogateescape")
 
     def batches(
         self, size: int, *, seed: int | None = None, augment: bool = False, device: torch.device | str = "cpu"

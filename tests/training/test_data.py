@@ -97,6 +97,15 @@ def test_validation_images_are_taken_from_the_training_images(write):
     assert again.digest == data.digest != other.digest and len(data.digest) == 16
 
 
+def test_the_digest_of_the_images_is_of_their_pixels(write):
+    data = load_data(write())
+    other = random_arrays()["x_test"]
+    other[3, 2, 1, 0] ^= 1
+    changed = load_data(write("other.npz", x_test=other))
+    assert changed.digest == data.digest
+    assert changed.images_digest != data.images_digest == load_data(write("same.npz")).images_digest
+
+
 @pytest.mark.parametrize(("fraction", "expected"), [(0.001, 1), (0.999, 19)])
 def test_both_parts_keep_an_image(write, fraction, expected):
     data = load_data(write(), val_fraction=fraction)
@@ -463,6 +472,17 @@ def test_a_damaged_image_is_one_line(tmp_path, workers):
     with pytest.raises(DataError) as caught:
         next(split.batches(1))
     assert "x.png" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_digest_of_files_is_of_names_and_sizes(tmp_path):
+    write_folder(tmp_path / "one")
+    one = load_data(f"folder:{tmp_path / 'one'}").images_digest
+    (tmp_path / "one").rename(tmp_path / "two")
+    spec = f"folder:{tmp_path / 'two'}"
+    assert load_data(spec).images_digest == one
+    path = tmp_path / "two" / "val" / "cat" / "0.png"
+    path.write_bytes(path.read_bytes() + b"x")
+    assert load_data(spec).images_digest != one
 
 
 def test_damaged_folders(tmp_path):

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chipdeploy.errors import DataError
+from chipdeploy.training.images import quiet_decoding, read_rgb
 
 _MINI = "fashion-mini.npz"
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -328,20 +329,14 @@ def _decoded(paths: Sequence[Path], size: int) -> NDArray[np.uint8]:
     def decode(index: int) -> None:
         result[index] = _decode(paths[index], size)
 
-    with ThreadPoolExecutor() as pool:  # Decoders release the interpreter's lock.
+    with quiet_decoding(), ThreadPoolExecutor() as pool:  # Decoders release the interpreter's lock.
         for _ in pool.map(decode, range(len(paths))):
             pass
     return result
 
 
 def _decode(path: Path, size: int) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            image = np.asarray(file.convert("RGB"))
-    except Exception as error:  # Any failure of an image decoder means that the file is no image.
-        raise DataError(f"image {str(path)!r} cannot be decoded ({type(error).__name__}); get it again") from error
+    image = np.asarray(read_rgb(path))
     if image.shape != (size, size, 3):
         raise DataError(
             f"image {str(path)!r} is {image.shape[1]}x{image.shape[0]}, must be {size}x{size}; get it again"

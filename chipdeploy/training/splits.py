@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from chipdeploy.errors import DataError, UsageError
+from chipdeploy.training.images import quiet_decoding, read_rgb
 
 _PAD = 4  # Pixels of black around an image before a crop of its own size is drawn (He et al. 2016, section 4.2).
 _WORKERS = 8
@@ -215,21 +216,15 @@ class _Decoder(torch.utils.data.Dataset["NDArray[np.uint8] | str"]):
 
     def __getitem__(self, chosen: list[int]) -> NDArray[np.uint8] | str:
         try:
-            return np.stack([self._one(index) for index in chosen])
+            with quiet_decoding():
+                return np.stack([self._one(index) for index in chosen])
         except DataError as error:
             # Raised in a worker, an error would arrive as pages of traceback.
             return str(error)
 
     def _one(self, index: int) -> NDArray[np.uint8]:
         """Decode one file to uint8 [size, size, 3]."""
-        from PIL import Image
-
-        path = self._paths[index]
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except Exception as error:  # Any failure of an image decoder means that the file is no image.
-            raise DataError(f"image {str(path)!r} cannot be decoded ({type(error).__name__}); replace it") from error
+        image = read_rgb(self._paths[index])
         # Its own random numbers an image: the result does not depend on the number of workers.
         with torch.random.fork_rng(devices=[]):
             if self._seed is not None:

@@ -485,6 +485,39 @@ def test_the_digest_of_files_is_of_names_and_sizes(tmp_path):
     assert load_data(spec).images_digest != one
 
 
+def one_file(path, workers=0):
+    """A split of one image of 8x8 pixels, not normalised."""
+    return FolderSplit([path], torch.zeros(1, dtype=torch.int64), 8, (0.0,) * 3, (1 / 255,) * 3, workers)
+
+
+@pytest.mark.parametrize(("suffix", "order"), [("png", "<"), ("tiff", "<"), ("tiff", ">")])
+def test_16_bits_become_8(tmp_path, suffix, order):
+    levels = np.array([0, 256, 257, 32768, 65535])
+    for level in levels:
+        path = tmp_path / f"{level}.{suffix}"
+        Image.fromarray(np.full((10, 10), level, f"{order}u2")).save(path)
+        assert collect(one_file(path))[0].unique().tolist() == pytest.approx([round(level / 257)])
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(np.float32, "F"), (np.int32, "I")])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pixels_without_a_white_are_refused_by_name(tmp_path, kind, mode, workers):
+    path = tmp_path / "depth.tiff"
+    Image.fromarray(np.full((10, 10), 0.5).astype(kind)).save(path)
+    with pytest.raises(DataError, match=rf"depth\.tiff' has pixels of 32 bits \(mode {mode}\)"):
+        collect(one_file(path, workers))
+
+
+def test_what_decoders_advise_is_not_shown(tmp_path, recwarn, monkeypatch):
+    image = Image.new("P", (10, 10))
+    image.putpalette([10, 20, 30] * 256)
+    image.save(tmp_path / "clear.png", transparency=bytes(256))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # 100 pixels: enough for advice, not for a refusal
+    images, _ = collect(one_file(tmp_path / "clear.png"))
+    assert images[0, :, 0, 0].tolist() == pytest.approx([10, 20, 30])
+    assert not recwarn.list
+
+
 def test_damaged_folders(tmp_path):
     spec = f"folder:{tmp_path}"
     assert "has no train/" in refusal(spec)

@@ -1,0 +1,55 @@
+"""Image files as RGB of 8 bits a channel. What would come out black or white is refused."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chipdeploy.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_NO_RANGE = ("I", "F")  # modes of 32 bits: nothing says which number is white
+_OF_8_BITS = 257  # 65535 / 255
+
+
+def read_rgb(path: Path) -> Image.Image:
+    """Decode one file.
+
+    Raises:
+        DataError: it is no image, or its pixels are numbers of 32 bits.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            if file.mode not in _NO_RANGE:
+                return _in_8_bits(file).convert("RGB")
+            mode = file.mode
+    except Exception as error:  # Any failure of an image decoder means that the file is no image.
+        raise DataError(f"image {str(path)!r} cannot be decoded ({type(error).__name__}); replace it") from error
+    raise DataError(f"image {str(path)!r} has pixels of 32 bits (mode {mode}); store it with 8 or 16 bits a channel")
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    if image.mode == "P":
+        return image.convert("RGBA")  # straight to RGB, the decoder could not tell one transparent colour from another
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.rint(np.asarray(image) / _OF_8_BITS).astype(np.uint8))
+    return image
+
+
+@contextmanager
+def quiet_decoding() -> Iterator[None]:
+    """No advice of the decoder, which would come anew for each file in each epoch. Not to be entered by threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

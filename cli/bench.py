@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .output import console, note, print_json, quoted
+from .output import console, note, print_outcome, quoted
 
 if TYPE_CHECKING:
     from chipdeploy.latency.measure import Comparison
@@ -55,20 +55,21 @@ def bench(
             layers=layers,
             on_block=progress,
         )
-    noisy = [item for item in results if comparison(item).noisy]
-    if json and not noisy:
-        print_json({"run": str(directory.path), "comparisons": results, "trtexec": foreign})
-    elif not json:
-        print_bench(results)
-        for item in foreign:
-            print_trtexec(item)
-    if noisy:
-        raise NoisyError(
-            f"too noisy to say: {comparison(noisy[0]).noise}; the times are in {directory.file(BENCH)}, "
-            "bench again on a quieter machine or with more --seconds"
-        )
-    if not json:
-        console().print(f"next: chipdeploy report --run {quoted(directory.path)}")
+    noise = next((noise for item in results if (noise := comparison(item).noise)), "")
+    error = NoisyError(
+        f"too noisy to say: {noise}; the times are in {directory.file(BENCH)}, "
+        "bench again on a quieter machine or with more --seconds"
+    )
+    if json:
+        facts = {"run": str(directory.path), "comparisons": results, "trtexec": foreign}
+        print_outcome(facts, error if noise else None)
+        return
+    print_bench(results)
+    for item in foreign:
+        print_trtexec(item)
+    if noise:
+        raise error
+    console().print(f"next: chipdeploy report --run {quoted(directory.path)}")
 
 
 def batch_sizes(text: str) -> list[int]:

@@ -10,7 +10,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import typer
 
@@ -18,7 +17,7 @@ from chipdeploy import __version__
 from chipdeploy.errors import ChipdeployError
 
 from . import bench, calibrate, demo, doctor, export, inspect, profile, prune, report, train
-from .output import note, print_json
+from .output import failure, note, print_json
 
 INTERRUPTED = 130
 # These go on where they were; the others begin again, and leave what was there before.
@@ -140,9 +139,8 @@ def _out_of_memory(error: Exception) -> bool:
 
 def _fail(message: str, kind: str, code: int, as_json: bool) -> int:
     if as_json:
-        facts: dict[str, Any] = {"error": {"kind": kind, "message": message, "exit_code": code}}
         with contextlib.suppress(OSError):  # nobody reads it
-            print_json(facts)
+            print_json(failure(message, kind, code))
             return code
     note(f"error: {message}")
     return code

@@ -7,10 +7,14 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.console import Console
+
+    from chipdeploy.errors import ChipdeployError
 
 SCHEMA = 1
 
@@ -44,6 +48,24 @@ def flags(given: dict[str, tuple[Any, Any]]) -> str:
 def print_json(facts: dict[str, Any]) -> None:
     """The one object of `--json`."""
     sys.stdout.write(json.dumps({"schema": SCHEMA, **facts}) + "\n")
+
+
+def print_outcome(facts: dict[str, Any], error: ChipdeployError | None) -> None:
+    """The one object of `--json` where the result may fall short: then the error stands in it, and its code is raised.
+
+    Raises:
+        Exit: the error's code.
+    """
+    if error is None:
+        print_json(facts)
+        return
+    print_json(facts | failure(str(error), type(error).__name__, error.exit_code))
+    raise typer.Exit(error.exit_code)
+
+
+def failure(message: str, kind: str, code: int) -> dict[str, Any]:
+    """What `--json` says of an error."""
+    return {"error": {"kind": kind, "message": message, "exit_code": code}}
 
 
 def note(text: str) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options
-from .output import console, note, print_json, quoted
+from .output import console, note, print_outcome, quoted
+
+if TYPE_CHECKING:
+    from chipdeploy.errors import TargetError
 
 Share = Annotated[str | None, typer.Option(metavar="SHARE")]
 
@@ -124,11 +127,13 @@ def prune(
     goals = {"latency": latency, "latency_ms": latency_ms, "fps": fps}
     flags |= budget_flags({"flops": flops, "params": params, "channels": channels, "volume": volume}, goals)
     result, folder = prune_run(flags, config, run, runs)
+    error = missed(result)
     if json:
-        print_json({"run": str(folder), **result})
-    else:
-        print_result(result, folder)
-    check_met(result)
+        print_outcome({"run": str(folder), **result}, error)
+        return
+    print_result(result, folder)
+    if error:
+        raise error
 
 
 def budget_flags(shares: dict[str, str | None], goals: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -187,21 +192,22 @@ def prune_run(flags: dict[str, Any], config: Path | None, run: Path | None, runs
             return prune_network(checked, job, directory, dense, watcher, meeting), directory.path
 
 
-def check_met(result: dict[str, Any]) -> None:
-    """Raises TargetError where the measured time is over the goal; says so where it is far below."""
+def missed(result: dict[str, Any]) -> TargetError | None:
+    """The error where the measured time is over the goal; a note where it is far below."""
     from chipdeploy.errors import TargetError
 
     facts = result.get("latency")
     if not facts:
-        return
+        return None
     wanted, got = f"{facts['goal']:.3g} of the dense time", f"{facts['ratio']:.3g}"
     if not facts["met"]:
-        raise TargetError(
+        return TargetError(
             f"the latency was missed: {wanted} was asked for, {got} was measured; the nearest plan was kept, "
             "try a finer --align, or a smaller network"
         )
     if not facts["near"]:
         note(f"note: {wanted} was asked for, {got} was measured; no nearer plan held when it was measured again")
+    return None
 
 
 def print_result(result: dict[str, Any], folder: Path) -> None:

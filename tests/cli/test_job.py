@@ -109,11 +109,34 @@ def test_prune_of_a_finished_run_gives_its_result_again(job, finished, call, set
 def test_json_is_one_object_on_stdout(copy, call, arguments):
     outcome = call(*arguments, "--run", copy, "--json")
     assert outcome.json["schema"] == 1
-    if outcome.code == 6:
-        assert outcome.json["error"]["kind"] == "NoisyError"
-    else:
-        assert outcome.code == 0
-        assert outcome.json["run"] == str(copy)
+    assert outcome.code in (0, 6)
+    assert ("error" in outcome.json) == (outcome.code == 6)
+    assert outcome.json["run"] == str(copy)
+
+
+def test_a_missed_latency_is_one_object_with_the_result(job, copy, call, settings):
+    cwd, _ = job
+    result = json.loads((copy / "result.json").read_text())
+    latency = {"goal": 0.4, "ratio": 0.5, "interval": [0.5, 0.5], "dense_ms": 2, "pruned_ms": 1, "near": False}
+    result["latency"] = latency | {"target": "ort-cpu", "batch": 1, "met": False}
+    (copy / "result.json").write_text(json.dumps(result))
+    outcome = call("prune", *settings, "--run", copy, "--json", cwd=cwd)
+    assert outcome.code == outcome.json["error"]["exit_code"] == 5
+    assert (outcome.json["run"], outcome.json["latency"]) == (str(copy), result["latency"])
+    people = call("prune", *settings, "--run", copy, cwd=cwd)
+    assert people.code == 5 and people.error == f"error: {outcome.json['error']['message']}"
+
+
+def test_a_noisy_bench_is_one_object_with_the_times(copy, call, monkeypatch):
+    stored = json.loads((copy / "bench.json").read_text())
+    quiet = stored[0] | {"control_s": stored[0]["dense_s"]}
+    noisy = stored[0] | {"control_s": [[2 * time for time in block] for block in stored[0]["dense_s"]]}
+    monkeypatch.setattr("chipdeploy.bench.bench_run", lambda *_, **__: [quiet, noisy])
+    outcome = call("bench", "--run", copy, "--json")
+    assert (outcome.code, outcome.json["error"]["kind"]) == (6, "NoisyError")
+    assert len(outcome.json["comparisons"]) == 2
+    people = call("bench", "--run", copy)
+    assert people.code == 6 and people.error == f"error: {outcome.json['error']['message']}"
 
 
 def test_inspect_says_what_can_be_pruned(call):

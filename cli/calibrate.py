@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .output import console, flags, note, print_json, quoted
+from .output import console, flags, note, own_images, print_json, quoted
 
 
 def calibrate(
@@ -63,8 +63,7 @@ def calibrate(
     if json:
         print_json(facts)
     else:
-        # Images of another size than the embedded ones' must be named.
-        data = None if (channels, image_size) == (1, 28) else "DATA"
+        data, what_data = own_images(channels, image_size)
         more = flags(
             {
                 "--bench-batch": (bench_batch, 1),
@@ -75,9 +74,7 @@ def calibrate(
                 "--runs": (str(runs), "runs"),
             }
         )
-        if data:
-            more += f"   (DATA: your images, {channels}x{image_size}x{image_size})"
-        _print(facts, out, more)
+        _print(facts, out, more + what_data)
 
 
 def _print(facts: dict[str, Any], out: Path | None, more: str) -> None:

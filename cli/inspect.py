@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import options
-from .output import console, print_json
+from .output import console, flags, own_images, print_json, quoted
 
 MOST_NAMES = 4  # of layers that one reason holds; --json has all
 
@@ -100,4 +100,6 @@ def _print(facts: dict[str, Any]) -> None:
             f"{word}: {shares['macs']:.2%} of the FLOPs, {shares['params']:.2%} of the params, "
             f"{shares['channels']:.2%} of the channels, {shares['volume']:.2%} of the volume"
         )
-    screen.print(f"next: chipdeploy prune {facts['model']} --flops 0.3")
+    data, what_data = own_images(*facts["input"][:2])
+    more = flags({"--data": (data, None)})
+    screen.print(f"next: chipdeploy prune {quoted(facts['model'])} --flops 0.3{more}{what_data}")

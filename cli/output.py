@@ -45,6 +45,13 @@ def flags(given: dict[str, tuple[Any, Any]]) -> str:
     return "".join(found)
 
 
+def own_images(channels: int, image_size: int) -> tuple[str | None, str]:
+    """What stands for the data in a command that people complete, and a word on it; nothing for the embedded images."""
+    if (channels, image_size) == (1, 28):
+        return None, ""
+    return "DATA", f"   (DATA: your images, {channels}x{image_size}x{image_size})"
+
+
 def print_json(facts: dict[str, Any]) -> None:
     """The one object of `--json`."""
     sys.stdout.write(json.dumps({"schema": SCHEMA, **facts}) + "\n")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from . import options
-from .output import console, print_json
+from .output import console, flags, print_json, quoted
+
+if TYPE_CHECKING:
+    from chipdeploy.config import TrainConfig
 
 
 def train(
@@ -56,4 +60,16 @@ def train(
         print_json({"weights": str(path), "val_accuracy": val, "metrics": facts["metrics"]})
         return
     console().print(f"dense network: {val:.2%} of the validation images, {path}")
-    console().print(f"next: chipdeploy prune {job.config.model} --data {job.config.data} --flops 0.3")
+    console().print(f"next: chipdeploy prune {quoted(job.config.model)} --flops 0.3{_flags(job.config, runs)}")
+
+
+def _flags(config: TrainConfig, runs: Path) -> str:
+    """The settings by which 'prune' finds this network again, wherever they were given."""
+    defaults = type(config)()
+    given: dict[str, tuple[Any, Any]] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        numbers = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        given["--" + name.replace("_", "-")] = (numbers, getattr(defaults, name))
+    del given["--model"]
+    return flags(given | {"--runs": (str(runs), "runs")})

@@ -1,6 +1,7 @@
 """The main job from the command line: prune, export, bench, report, for people and for programs."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -14,6 +15,15 @@ from chipdeploy import __version__
 from chipdeploy.latency.measure import Comparison, headline
 
 COMMANDS = ("demo", "prune", "export", "bench", "report", "inspect", "train", "doctor")
+
+NET = """
+from torch import nn
+
+
+def build(num_classes, in_channels):
+    body = nn.Conv2d(in_channels, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*body, nn.Linear(8, num_classes))
+"""
 
 
 def last_line(outcome):
@@ -145,25 +155,37 @@ def test_inspect_says_what_can_be_pruned(call):
     assert facts["groups"] and 0 < facts["smallest"]["macs"] < 1
     people = call("inspect", "resnet20", "--image-size", "16", "--classes", "3")
     assert people.code == 0
-    assert last_line(people).startswith("next: chipdeploy prune resnet20")
+    assert last_line(people) == (
+        "next: chipdeploy prune resnet20 --flops 0.3 --data DATA   (DATA: your images, 3x16x16)"
+    )
+
+
+def test_inspect_quotes_the_model_and_leaves_out_the_embedded_images(tmp_path, call):
+    path = tmp_path / "my nets.py"
+    path.write_text(NET)
+    outcome = call("inspect", f"{path}:build", "--image-size", "28", "--channels", "1")
+    assert last_line(outcome) == f"next: chipdeploy prune '{path}:build' --flops 0.3"
 
 
 def test_prune_starts_from_what_train_made(tmp_path, data, call):
-    common = ("resnet20", "--data", data, "--batch", "64", "--train-epochs", "1", "--device", "cpu")
+    given = ("--data", data, "--batch", "64", "--train-epochs", "1", "--device", "cpu", "--seed", "3", "--lr", "0.01")
+    given += ("--image-size", "8", "--mean", "0.5,0.4,0.3", "--runs", "my runs")
+    common = ("resnet20", *given)
     trained = call("train", *common, "--json", cwd=tmp_path)
     assert trained.code == 0
     assert "dense epoch 1" in trained.err
     again = call("train", *common, cwd=tmp_path)
-    assert last_line(again).startswith("next: chipdeploy prune resnet20 --data npz:")
+    told = shlex.split(last_line(again).removeprefix("next: chipdeploy "))
+    assert told[:4] == ["prune", "resnet20", "--flops", "0.3"] and set(given) < set(told)
     short = ("--soft-epochs", "1", "--finetune-epochs", "0", "--run", "named", "--json")
-    pruned = call("prune", *common, "--flops", "60%", *short, cwd=tmp_path)
+    pruned = call(*told, "--flops", "60%", *short, cwd=tmp_path)
     assert pruned.code == 0
     assert "dense epoch" not in pruned.err
     dense = tmp_path / trained.json["weights"]
     assert (tmp_path / "named" / "dense.safetensors").read_bytes() == dense.read_bytes()
     assert pruned.json["budget"]["keep"] == 0.6 >= pruned.json["budget"]["achieved"]
     # A run that lies elsewhere is the latest one all the same.
-    assert call("report", "--json", cwd=tmp_path).json["run"] == str(tmp_path / "named")
+    assert call("report", "--runs", "my runs", "--json", cwd=tmp_path).json["run"] == str(tmp_path / "named")
 
 
 @pytest.mark.parametrize(

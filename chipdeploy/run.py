@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -68,7 +69,7 @@ class Run:
         """A new run in `path`, or in `root`/<time>-<command>-<id>; an unfinished one in `path` is taken up again.
 
         Raises:
-            RunError: the folder cannot be written, holds something else, or holds a run with other settings.
+            RunError: `path` or `root` cannot be written, or `path` holds something else, or a run with other settings.
         """
         if path is None:
             stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
@@ -76,6 +77,8 @@ class Run:
         run = cls(path, root)
         if (path / MANIFEST).is_file():
             run._resume(command, config)
+            if not run.finished:
+                run._check_root()
             return run
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunError(f"{path} exists and is no chipdeploy run; choose an empty or new folder with --run")
@@ -84,6 +87,7 @@ class Run:
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / CONFIG, dict(config))
             run._write_manifest(command, "running")
+            run._check_root()
         except BaseException as error:
             if not existed:
                 shutil.rmtree(path, ignore_errors=True)
@@ -107,8 +111,11 @@ class Run:
             raise RunError(
                 f"no finished run in {root}/; run 'chipdeploy {command} --flops 0.3' first, or give --run DIR"
             )
-        # An absolute path where the run lies elsewhere.
-        return cls.open(root / pointer.read_text(encoding="utf-8").strip())
+        try:
+            name = pointer.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"{pointer} cannot be read: {error}; give --run DIR") from error
+        return cls.open(root / name)  # an absolute path where the run lies elsewhere
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -227,6 +234,15 @@ class Run:
                 f"{self.path} was started with {key}={before.get(key)!r}, now {config.get(key)!r}; "
                 "repeat the old settings to resume it, or choose another --run"
             )
+
+    def _check_root(self) -> None:
+        """The pointer to the latest run is written last: what stands in its way is said before any time is spent."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            raise unwritable(self.root, error) from error
 
     def _write_manifest(self, command: str, status: str) -> None:
         from chipdeploy import __version__

@@ -55,6 +55,34 @@ def test_a_run_that_lies_elsewhere_can_be_the_latest(tmp_path, monkeypatch):
     assert Run.latest(Path("runs")).path == Path("runs/mine")
 
 
+def test_where_no_pointer_can_be_written_no_run_is_begun(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(RunError, match=r"cannot write .*/runs: File exists"):
+        Run.create(tmp_path / "runs", "prune", {}, path=tmp_path / "mine")
+    assert names(tmp_path) == ["runs"]
+    (tmp_path / "runs").unlink()
+    run = Run.create(tmp_path / "runs", "prune", {}, path=tmp_path / "mine")
+    assert names(tmp_path) == ["mine", "runs"] and names(tmp_path / "runs") == []
+    (tmp_path / "runs").rmdir()
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(RunError, match=r"cannot write .*/runs"):
+        Run.create(tmp_path / "runs", "prune", {}, path=run.path)
+
+
+def test_a_finished_run_needs_no_pointer(tmp_path):
+    run = Run.create(tmp_path / "runs", "prune", {}, path=tmp_path / "mine")
+    run.finish("prune")
+    assert Run.create(Path("/proc/runs"), "prune", {}, path=run.path).finished
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"gone\n", b"\0"])
+def test_a_damaged_pointer_is_one_error(tmp_path, content):
+    (tmp_path / "latest-prune").write_bytes(content)
+    with pytest.raises(RunError, match=r"latest-prune cannot be read|is no run directory") as caught:
+        Run.latest(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_runs_can_be_moved_together(tmp_path):
     run = Run.create(tmp_path / "runs", "prune", {})
     run.finish("prune")

@@ -32,6 +32,7 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 _FOLDER_SIZE = 224
 _CHUNK = 1024  # Images handled at once where a whole set as floats would not fit in memory.
 
+_Part = tuple[Sequence[Path], Tensor]
 Loader = Callable[[str, Path | None], "Arrays | Files"]
 
 # A name that ends in a colon takes the rest of the spec as its argument.
@@ -54,7 +55,7 @@ class ImageData:
     Attributes:
         name: the spec that it was loaded by.
         train: images to train on.
-        val: images to choose by, taken from the published training images.
+        val: images to choose by, taken from the published training images where the data have none.
         test: images to report on.
         classes: names of the labels 0, 1, 2, …
         mean: mean of each channel that batches are normalised by, for pixels in [0, 1].
@@ -130,7 +131,8 @@ def load_data(
     Args:
         spec: one of `data_names()`.
         root: folder of data sets that are not part of the package.
-        val_fraction: share of the training images that becomes the validation split, at least one image.
+        val_fraction: share of the training images that becomes the validation split, at least one image. Not used
+            where a folder has validation images.
         seed: chooses those images; nothing else depends on it.
         mean: mean of each channel, for pixels in [0, 1]. None takes the published one, or that of the training split.
         std: standard deviation of each channel; None as for `mean`.
@@ -151,7 +153,7 @@ def load_data(
     classes = _check_labels(spec, source)
     val_indices, train_indices = _split(len(source.y_train), val_fraction, seed)
     if isinstance(source, Files):
-        parts = (train_indices, val_indices)
+        parts = _folder_parts(source, train_indices, val_indices)
         return _folder_data(spec, source, parts, mean, std, image_size or _FOLDER_SIZE)
     x_train, x_test = _images(source.x_train, image_size), _images(source.x_test, image_size)
     if x_train.shape[1:] != x_test.shape[1:]:
@@ -177,21 +179,28 @@ def load_data(
     )
 
 
+def _folder_parts(source: Files, train_indices: Tensor, val_indices: Tensor) -> tuple[_Part, _Part, _Part]:
+    """Files and labels to train, to choose and to report on."""
+    labels = _as_labels(source.y_train)
+    test = source.x_test, _as_labels(source.y_test)
+    if source.x_val is not None and source.y_val is not None:
+        return (source.x_train, labels), (source.x_val, _as_labels(source.y_val)), test
+    train, val = (
+        ([source.x_train[index] for index in part.tolist()], labels[part]) for part in (train_indices, val_indices)
+    )
+    return train, val, test
+
+
 def _folder_data(
     spec: str,
     source: Files,
-    parts: tuple[Tensor, Tensor],
+    parts: tuple[_Part, _Part, _Part],
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     image_size: int,
 ) -> ImageData:
     mean, std = _normalisation(mean, std, _IMAGENET_MEAN, _IMAGENET_STD)
-    labels = _as_labels(source.y_train)
-    train, val = (
-        FolderSplit([source.x_train[index] for index in part.tolist()], labels[part], image_size, mean, std)
-        for part in parts
-    )
-    test = FolderSplit(source.x_test, _as_labels(source.y_test), image_size, mean, std)
+    train, val, test = (FolderSplit(paths, labels, image_size, mean, std) for paths, labels in parts)
     return ImageData(spec, train, val, test, source.classes, mean, std, (3, image_size, image_size))
 
 
@@ -208,7 +217,9 @@ def _read(spec: str, root: Path | None) -> Arrays | Files:
 
 def _check_labels(spec: str, source: Arrays | Files) -> tuple[str, ...]:
     """Names of the classes, once the labels of both parts are known to be numbers of them."""
-    parts = (("train", source.x_train, source.y_train), ("test", source.x_test, source.y_test))
+    parts = [("train", source.x_train, source.y_train), ("test", source.x_test, source.y_test)]
+    if isinstance(source, Files) and source.x_val is not None and source.y_val is not None:
+        parts.append(("val", source.x_val, source.y_val))
     for part, images, labels in parts:
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
             raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _NO_RANGE = ("I", "F")  # modes of 32 bits: nothing says which number is white
 _OF_8_BITS = 257  # 65535 / 255
+_JPEG_END = b"\xff\xd9"
 
 
 def read_rgb(path: Path) -> Image.Image:
@@ -35,6 +37,27 @@ def read_rgb(path: Path) -> Image.Image:
     except Exception as error:  # Any failure of an image decoder means that the file is no image.
         raise DataError(f"image {str(path)!r} cannot be decoded ({type(error).__name__}); replace it") from error
     raise DataError(f"image {str(path)!r} has pixels of 32 bits (mode {mode}); store it with 8 or 16 bits a channel")
+
+
+def check_image(path: Path) -> None:
+    """Raises DataError as `read_rgb` does, but decodes only what looks damaged: about 0.1 ms a JPEG, 0.4 ms a PNG."""
+    if not _looks_whole(path):
+        read_rgb(path)
+
+
+def _looks_whole(path: Path) -> bool:
+    """Whether header and checksums are right, and a JPEG, which has no checksums, ends as one."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            kind, mode = file.format, file.mode
+            file.verify()
+        with path.open("rb") as content:
+            content.seek(-len(_JPEG_END), os.SEEK_END)
+            return mode not in _NO_RANGE and (kind != "JPEG" or content.read() == _JPEG_END)
+    except Exception:
+        return False
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chipdeploy.errors import DataError
-from chipdeploy.training.images import quiet_decoding, read_rgb
+from chipdeploy.training.images import check_image, quiet_decoding, read_rgb
 
 _MINI = "fashion-mini.npz"
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -73,13 +73,18 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Files:
-    """A data set of image files, too large to decode at once; `y_train[i]` is the class of `x_train[i]`."""
+    """A data set of image files, too large to decode at once; `y_train[i]` is the class of `x_train[i]`.
+
+    `x_val` and `y_val` are None where the validation images are to be taken from the training images.
+    """
 
     x_train: tuple[Path, ...]
     y_train: NDArray[np.int64]
     x_test: tuple[Path, ...]
     y_test: NDArray[np.int64]
     classes: tuple[str, ...]
+    x_val: tuple[Path, ...] | None = None
+    y_val: NDArray[np.int64] | None = None
 
 
 def read_fashion_mini() -> Arrays:
@@ -172,22 +177,24 @@ def read_tiny_imagenet(root: Path | None) -> Arrays:
 
 
 def read_folder(folder: Path) -> Files:
-    """A folder train/ and a folder test/ (else val/), in each a folder of image files for every class.
+    """A folder train/, and val/ or test/ or both, in each a folder of image files for every class.
+
+    Where only one of val/ and test/ is there, it is the test set.
 
     Raises:
-        DataError: a folder is missing or empty, or the test images have a class that the training images lack.
+        DataError: a folder is missing or empty, or has a class that train/ lacks; an image that is looked at only late,
+            after training, is damaged.
     """
-    test = folder / "test" if (folder / "test").is_dir() else folder / "val"
-    for part in (folder / "train", test):
+    train, val, test = (folder / name for name in ("train", "val", "test"))
+    held_out = [part for part in (test, val) if part.is_dir()] or [val]
+    for part in (train, *held_out):
         if not part.is_dir():
             raise DataError(f"data folder {str(folder)!r} has no {part.name}/; it must hold train/ and val/ or test/")
-    classes = tuple(path.name for path in _subfolders(folder / "train"))
-    unknown = [path.name for path in _subfolders(test) if path.name not in classes]
-    if unknown:
-        raise DataError(f"data folder {str(test)!r} has class {unknown[0]!r}, which train/ lacks; name them alike")
-    x_train, y_train = _class_files(folder / "train", classes)
-    x_test, y_test = _class_files(test, classes)
-    return Files(x_train, y_train, x_test, y_test, classes)
+    classes = tuple(path.name for path in _subfolders(train))
+    parts = [_class_files(part, classes) for part in (train, *held_out)]
+    _check_images([path for paths, _ in parts[1:] for path in paths])
+    (x_train, y_train), (x_test, y_test), *more = parts
+    return Files(x_train, y_train, x_test, y_test, classes, *(more[0] if more else ()))
 
 
 def _named(arrays: Arrays, classes: tuple[str, ...]) -> Arrays:
@@ -354,9 +361,20 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file())
+    """Image files at any depth; hidden ones are notes of systems and editors, of the same suffix."""
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()]
+    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
+
+
+def _check_images(paths: Sequence[Path]) -> None:
+    with quiet_decoding(), ThreadPoolExecutor() as pool:
+        for _ in pool.map(check_image, paths):
+            pass
 
 
 def _class_files(folder: Path, classes: tuple[str, ...]) -> tuple[tuple[Path, ...], NDArray[np.int64]]:
+    unknown = [path.name for path in _subfolders(folder) if path.name not in classes]
+    if unknown:
+        raise DataError(f"data folder {str(folder)!r} has class {unknown[0]!r}, which train/ lacks; name them alike")
     found = [(path, label) for label, name in enumerate(classes) for path in _images(folder / name)]
     return tuple(path for path, _ in found), np.array([label for _, label in found], dtype=np.int64)

@@ -485,6 +485,42 @@ def test_the_digest_of_files_is_of_names_and_sizes(tmp_path):
     assert load_data(spec).images_digest != one
 
 
+def test_a_folder_of_three_parts_has_its_own_validation_images(tmp_path):
+    write_folder(tmp_path, "val")
+    write_folder(tmp_path, "test")
+    save_image(tmp_path / "val" / "cat" / "0.png", (77, 77, 77))
+    data = load_data(f"folder:{tmp_path}", image_size=16)
+    assert (len(data.train), len(data.val), len(data.test)) == (12, 4, 4)
+    assert pixels(collect(data.val)[0], data)[:2, :, 3, 5].tolist() == [[77, 77, 77], [0, 1, 9]]
+    assert pixels(collect(data.test)[0], data)[:2, :, 3, 5].tolist() == [[0, 0, 9], [0, 1, 9]]
+    save_image(tmp_path / "val" / "bird" / "0.png", 0)
+    assert "val' has class 'bird', which train/ lacks" in refusal(f"folder:{tmp_path}")
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    write_folder(tmp_path / ".data")
+    (tmp_path / ".data" / "train" / "cat" / "._0.png").write_bytes(b"Mac OS X")
+    save_image(tmp_path / ".data" / "train" / "cat" / ".ipynb_checkpoints" / "0.png", 0)
+    save_image(tmp_path / ".data" / "train" / "cat" / "more" / "0.png", 0)
+    data = load_data(f"folder:{tmp_path / '.data'}", image_size=16)
+    assert len(data.train) + len(data.val) == 13
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("test", ["val", "test"])
+def test_a_damaged_test_image_is_found_before_training(tmp_path, suffix, test):
+    write_folder(tmp_path, test)
+    path = tmp_path / test / "dog" / f"1.{suffix}"
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    whole = path.read_bytes()
+    # What stands behind the end of an image harms nobody.
+    path.write_bytes(whole + b"padding")
+    load_data(f"folder:{tmp_path}")
+    path.write_bytes(whole[: len(whole) // 2])
+    assert f"1.{suffix}' cannot be decoded" in refusal(f"folder:{tmp_path}")
+
+
 def one_file(path, workers=0):
     """A split of one image of 8x8 pixels, not normalised."""
     return FolderSplit([path], torch.zeros(1, dtype=torch.int64), 8, (0.0,) * 3, (1 / 255,) * 3, workers)

@@ -20,8 +20,13 @@ from . import bench, calibrate, demo, doctor, export, inspect, profile, prune, r
 from .output import failure, note, print_json
 
 INTERRUPTED = 130
-# These go on where they were; the others begin again, and leave what was there before.
-RESUMABLE = ("prune", "train", "demo")
+# What an interrupted command keeps; the others begin again, and leave what was there before.
+AGAIN = {
+    "prune": "give the same command to resume, with --run and the run's folder if that was made",
+    "train": "give the same command again: it goes on after the last epoch",
+    "demo": "give the same command again: the dense training goes on after its last epoch, the rest begins anew",
+    "profile": "give the same command again: it goes on after the last round",
+}
 # Typer carries its own copy of click from 0.2x on: its base of all usage errors is reached by way of a public one.
 TyperUsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 
@@ -102,11 +107,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _again(arguments: list[str]) -> str:
-    if arguments and arguments[0] in RESUMABLE:
-        return "give the same command to resume, with --run and the run's folder if that was made"
-    if arguments and arguments[0] == "profile":
-        return "give the same command again: it goes on after the last round"
-    return "give the same command again: nothing was changed"
+    return AGAIN.get(arguments[0] if arguments else "", "give the same command again: nothing was changed")
 
 
 def _foreign(error: Exception, as_json: bool) -> int:

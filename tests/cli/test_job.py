@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from chipdeploy.cli import main
 
 import chipdeploy as cd
 from chipdeploy import __version__
@@ -210,6 +211,18 @@ def test_errors_are_one_json_object_too(tmp_path, call, arguments, kind, code):
     assert (error["kind"], error["exit_code"]) == (kind, code)
     assert error["message"] and "\n" not in error["message"]
     assert "error" not in outcome.err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_interrupted_command_names_only_options_that_it_has(call, monkeypatch, name):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "app", stop)
+    outcome = call(name)
+    assert outcome.code == 130 and "give the same command" in outcome.error
+    monkeypatch.undo()
+    assert "--run" not in outcome.error or "--run " in call(name, "--help").out
 
 
 def test_version_and_help(tmp_path, command):

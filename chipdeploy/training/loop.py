@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chipdeploy.chipnet.soft import ChipNet
-from chipdeploy.errors import TargetError
+from chipdeploy.errors import TargetError, UsageError
 from chipdeploy.training.distill import Teacher
 from chipdeploy.training.splits import Split
 
@@ -70,6 +71,7 @@ def train_epoch(
 
     Raises:
         TargetError: the loss is no finite number any more.
+        UsageError: batch and images are too small for a norm layer.
     """
     torch.manual_seed(seed)  # dropout and the like: an epoch is a function of its seed, so a resumed run is the same
     network.train()
@@ -101,13 +103,28 @@ def train_epoch(
 def _task_loss(
     network: nn.Module, images: Tensor, labels: Tensor, device: torch.device, teacher: Teacher | None
 ) -> Tensor:
-    with autocast(device):
+    with _large_enough(images), autocast(device):
         logits = network(images)
     if teacher is None:
         return F.cross_entropy(logits.float(), labels)
     with torch.no_grad(), autocast(device):
         told = teacher.network(images)
     return teacher.loss(logits.float(), labels, told.float())
+
+
+@contextmanager
+def _large_enough(images: Tensor) -> Iterator[None]:
+    """Says in one line where a norm layer has a single value to take its statistics from."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1"):
+            raise
+        count, _, height, width = images.shape
+        raise UsageError(
+            f"batches of {count} and images of {width}x{height} leave a norm layer one value a channel, which has no "
+            "variance; raise --batch, and the training images with it, or --image-size"
+        ) from error
 
 
 def _facts(loss: Tensor, chip: ChipNet | None) -> dict[str, float]:
@@ -142,7 +159,7 @@ def renew_norms(network: nn.Module, split: Split, *, batch: int, device: torch.d
     network.train()
     seen = 0
     for images, _ in split.batches(batch, seed=0, augment=True, device=device):
-        with autocast(device):
+        with _large_enough(images), autocast(device):
             network(images)
         seen += len(images)
         if seen >= RENEWAL_IMAGES:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from chipdeploy.errors import TargetError
+from chipdeploy.errors import TargetError, UsageError
 from chipdeploy.training.loop import Silent, evaluate, renew_norms, train_epoch
 from chipdeploy.training.splits import MemorySplit
 
@@ -49,6 +49,27 @@ def test_divergence_is_said_in_one_line():
         for _ in range(20):
             train(network(), 1e30)
     assert "\n" not in str(caught.value)
+
+
+def test_a_norm_layer_with_one_value_is_one_line():
+    model = nn.Sequential(nn.Conv2d(1, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))  # 8x8 to 1x1
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    options = {"batch": 1, "device": CPU}
+    message = r"batches of 1 and images of 8x8 .* raise --batch, .* or --image-size"
+    with pytest.raises(UsageError, match=message) as caught:
+        train_epoch(model, split(), optimizer, lambda _: 0.1, seed=0, watcher=Silent(), **options)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match=message):
+        renew_norms(model, split(), **options)
+
+
+def test_other_errors_of_a_network_are_left_as_they_are():
+    class Broken(nn.Linear):
+        def forward(self, x):
+            raise ValueError("something else")
+
+    with pytest.raises(ValueError, match="something else"):
+        train(Broken(1, 1), 0.1)
 
 
 def test_evaluation_counts_right_answers():

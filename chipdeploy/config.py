@@ -171,7 +171,7 @@ def _over(below: dict[str, Any], values: dict[str, Any], place: str) -> dict[str
         names = " and ".join(next(key for key in keys if key in values) for keys in goals)
         raise UsageError(f"one goal at a time, got {names} in the {place}; leave all but one out")
     if values.get("kind") == "latency":
-        raise UsageError(f"kind = 'latency' in the {place} gives no latency; write latency = 0.5 instead")
+        raise UsageError(f"kind = 'latency' in the {place} lacks a number; give latency, e.g. 0.5, without kind")
     replaced = [key for keys in GOALS if goals and keys not in goals for key in keys]
     return {key: value for key, value in below.items() if key not in replaced} | values
 

@@ -72,7 +72,7 @@ def test_two_goals_in_one_place_are_refused(tmp_path):
 
 
 def test_a_kind_is_one_of_the_budgets():
-    with pytest.raises(UsageError, match=r"kind = 'latency' in the environment .* write latency = 0\.5"):
+    with pytest.raises(UsageError, match=r"kind = 'latency' in the environment .* give latency"):
         settings(PruneConfig, {}, None, {"CHIPDEPLOY_KIND": "latency", "CHIPDEPLOY_KEEP": "0.5"})
     with pytest.raises(UsageError, match=r"CHIPDEPLOY_KIND: input should be one of flops, .*, got 'size'"):
         settings(PruneConfig, {}, None, {"CHIPDEPLOY_KIND": "size"})

@@ -65,11 +65,15 @@ class Projector:
 
     def check(self, keep: float) -> None:
         """Raises BudgetError where no connected network is as cheap as keep · dense."""
-        if keep < self.smallest:
-            raise BudgetError(
-                f"a budget of {keep:.2%} is out of reach: the smallest connected network keeps {self.smallest:.2%}; "
-                f"ask for {np.ceil(self.smallest * 1000) / 1000:g} or more"
-            )
+        if keep >= self.smallest:
+            return
+        least = np.ceil(self.smallest * 1000) / 1000
+        fix = f"ask for {least:g} or more"
+        if least >= 1:
+            fix = f"nothing can go: lower the least width (--min-width {self._min_width}), or exclude less"
+        raise BudgetError(
+            f"a budget of {keep:.2%} is out of reach: the smallest connected network keeps {self.smallest:.2%}; {fix}"
+        )
 
     def project(self, scores: Floats, keep: float, *, start: Ints | None = None) -> Mask:
         """Keep the plan of the highest value with cost ≤ keep · dense.

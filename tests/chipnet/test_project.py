@@ -100,6 +100,15 @@ class Many(nn.Module):
         return self.fc((x + self.inside(x)).mean((2, 3)))
 
 
+def test_where_nothing_can_go_no_larger_budget_is_asked_for():
+    graph = trace(Heads(), torch.zeros(2, 3, 8, 8))
+    projector = Projector(graph, CostModel.of(graph, "macs"), min_width=1000)
+    with pytest.raises(
+        BudgetError, match=r"keeps 100\.00%; nothing can go: lower the least width \(--min-width 1000\)"
+    ):
+        projector.check(0.5)
+
+
 def test_a_branch_of_many_groups():
     graph = trace(Many(), torch.randn(2, 3, 8, 8))
     assert max(len(branch.groups) for branch in graph.branches) == 13

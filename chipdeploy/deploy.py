@@ -390,7 +390,8 @@ def _data(run: Run, sha256: str, options: ExportOptions) -> ImageData:
         raise DataError(
             f"{error}; where the run's data lie elsewhere now, say so with --data or --data-root"
         ) from error
-    if data.digest != sha256:
+    images = read_json(run.check(RESULT))["inputs"].get("images", data.images_digest)  # older runs do not tell
+    if (data.digest, data.images_digest) != (sha256, images):
         fix = "give those that it was made with" if moved else "put them back, or say with --data where they are now"
         raise RunError(f"the data of {run.path} changed since it was made: {config.data} has others; {fix}")
     return data

@@ -74,13 +74,13 @@ def two_faced(num_classes):
 """
 
 
-def write_data(path, classes=3):
+def write_data(path, classes=3, brighter=0):
     generator = np.random.default_rng(0)
     arrays = {}
     for part, count in (("train", 96), ("test", 16)):
         labels = np.arange(count) % classes
         pixels = generator.integers(0, 60, (count, 8, 8, 3))
-        pixels[np.arange(count), :, :, labels % 3] += 120
+        pixels[np.arange(count), :, :, labels % 3] += 120 + brighter
         arrays |= {f"x_{part}": pixels.astype(np.uint8), f"y_{part}": labels}
     np.savez(path, **arrays)
 
@@ -170,6 +170,9 @@ def test_other_data_are_not_exported_with(tmp_path):
         with pytest.raises(RunError, match=r"the data of .* changed since it was made: npz:.*data\.npz has others"):
             export_run(run, options)
     assert not run.file("dense.onnx").exists()
+    write_data(tmp_path / "data.npz", brighter=1)
+    with pytest.raises(RunError, match=r"the data of .* changed since it was made: npz:.*data\.npz has others"):
+        export_run(run)
     (tmp_path / "data.npz").unlink()
     with pytest.raises(DataError, match=r"data\.npz' does not exist.* say so with --data or --data-root"):
         export_run(run)

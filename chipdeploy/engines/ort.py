@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 ERRORS_ONLY = 3  # ONNX Runtime's severities: 2 warning, 3 error, 4 fatal
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 EXTRAS = {CPU_PROVIDER: "cpu", CUDA_PROVIDER: "gpu"}
-# TF32 is ONNX Runtime's default: an fp32 baseline would have 10 bits of mantissa.
+# In the metadata of a file that only runs right with a session of this entry, `key=value`.
+ENTRY = "chipdeploy.onnxruntime"
 GRAPH_RUNS = 3  # the first ones allocate, then one is captured
+# TF32 is ONNX Runtime's default: an fp32 baseline would have 10 bits of mantissa.
 CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE"}
 
 
@@ -194,6 +196,9 @@ def open_session(path: Path, threads: int, provider: str, *, profile: Path | Non
     wanted = [(provider, cuda)] if provider == CUDA_PROVIDER else [provider]
     try:
         session = ort.InferenceSession(str(path), sess_options=options, providers=wanted)
+        if entry := session.get_modelmeta().custom_metadata_map.get(ENTRY):
+            options.add_session_config_entry(*entry.split("="))
+            session = ort.InferenceSession(str(path), sess_options=options, providers=wanted)
     except Exception as error:  # ONNX Runtime's errors share no base class.
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ExportError(f"{path.name} is not a network that ONNX Runtime can load: {reason}; export again") from error

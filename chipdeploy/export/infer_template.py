@@ -32,7 +32,11 @@ def load() -> tuple[dict[str, Any], Any]:
     labels = content("labels.txt", manifest).decode().splitlines()
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = ERRORS_ONLY
-    session = onnxruntime.InferenceSession(content("model.onnx", manifest), settings, providers=PROVIDERS)
+    network = content("model.onnx", manifest)
+    session = onnxruntime.InferenceSession(network, settings, providers=PROVIDERS)
+    if entry := session.get_modelmeta().custom_metadata_map.get("chipdeploy.onnxruntime"):
+        settings.add_session_config_entry(*entry.split("="))
+        session = onnxruntime.InferenceSession(network, settings, providers=PROVIDERS)
     return manifest | {"labels": labels}, session
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from chipdeploy.engines.base import Images, check_images
+from chipdeploy.engines.ort import ENTRY
 from chipdeploy.engines.target import PRECISIONS
 from chipdeploy.errors import ExportError, InputError, UsageError, VerificationError
 from chipdeploy.export import modelopt
@@ -26,9 +27,7 @@ __all__ = ["DEFAULTS", "PRECISIONS", "Converted", "PrecisionOptions", "convert",
 
 RESTS = ("fp32", "fp16")
 METADATA = "chipdeploy.precision"
-FOR_TENSORRT = (
-    f"int8 with fp16 is for TensorRT; ONNX Runtime needs {NO_REWRITING}=1 for it, its biases are wrong otherwise"
-)
+FOR_TENSORRT = f"int8 with fp16 is for TensorRT; ONNX Runtime is slow: its biases need {NO_REWRITING}=1"
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,8 @@ def convert(
     if precision == "fp32":
         return Converted(_copy(source, target, proto), precision, (), (), Agreement.of(expected, expected))
     result = _CONVERTERS[precision](proto, images, options)
-    clean_onnx(result.proto, {entry.key: entry.value for entry in proto.metadata_props} | {METADATA: precision})
+    facts = {METADATA: precision} | ({ENTRY: f"{NO_REWRITING}=1"} if FOR_TENSORRT in result.notes else {})
+    clean_onnx(result.proto, {entry.key: entry.value for entry in proto.metadata_props} | facts)
     agreement = None
     if result.runs_here:
         got = logits(result.proto, images)

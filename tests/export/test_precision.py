@@ -17,6 +17,7 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 
 from chipdeploy.engines.base import open_engine
+from chipdeploy.engines.target import Target
 from chipdeploy.errors import ExportError, InputError, MissingError, UsageError, VerificationError
 from chipdeploy.export.onnx import export_onnx, model_digest
 from chipdeploy.export.precision import PrecisionOptions, convert
@@ -201,6 +202,14 @@ def test_weights_that_fp16_cannot_hold_stay_in_fp32(export, tmp_path, scales, no
     assert conv2 in made.kept_float
     assert [line.split(":")[0] for line in made.notes if note in line] == ["conv2.weight"]
     assert sqnr_db(source, made.file.path, IMAGES) > 50
+
+
+def test_int8_beside_fp16_runs_in_an_engine_as_it_was_verified(models, pictures, tmp_path):
+    """A plain session is off by a fifth of the largest logit."""
+    target, options = tmp_path / "int8.onnx", PrecisionOptions(rest="fp16")
+    convert(models["resnet20"], target, "int8", pictures, options=options)
+    got = open_engine(Target.parse("ort-cpu-int8"), target).run(pictures)
+    assert np.array_equal(got, logits(onnx.load(target), pictures))
 
 
 def test_a_layer_of_tiny_weights_stays_in_fp32_beside_int8(export, tmp_path):

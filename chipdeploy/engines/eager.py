@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chipdeploy.copying import copied
 from chipdeploy.engines.base import Images, LayerTime, check_images, check_options, check_threads, engine
 from chipdeploy.engines.cuda import Replay, require_gpu
 from chipdeploy.engines.target import CPU, Target
@@ -31,6 +30,8 @@ class TorchEngine:
 
     def __init__(self, model: nn.Module, target: Target, *, threads: int = 1) -> None:
         import torch
+
+        from chipdeploy.copying import copied
 
         check_threads(threads)
         if target.on_gpu:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
 from chipdeploy.graph.branches import MOVES
 from chipdeploy.graph.rules.base import keeps_zero, op_name
 
+ATTENTION = f"{nn.MultiheadAttention.__module__}.{nn.MultiheadAttention.__qualname__}"
 ZEROS = frozenset({"new_zeros", "zeros", "zeros_like"})
 
 
@@ -39,13 +40,15 @@ def remove_dead_branches(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
-def drop_unread(program: ExportedProgram) -> ExportedProgram:
-    """Drop what nobody reads, such as attention's mean weights, in place; not what writes to tensors, nor layers: these
-    run all the same, and must follow a cut."""
-    weights = {*program.graph_signature.inputs_to_parameters, *program.graph_signature.inputs_to_buffers}
+def drop_mean_weights(program: ExportedProgram) -> ExportedProgram:
+    """Drop what `nn.MultiheadAttention` computes and nobody reads, its weights' mean over the heads, in place.
+
+    A cut attention has a forward of its own. Whatever else is not read runs in the cut network, too, and must follow.
+    """
 
     def stays(node: Node) -> bool:
-        return _must_stay(node) or _writes(node) or any(arg.name in weights for arg in node.all_input_nodes)
+        kinds = [str(kind) for _, kind in (node.meta.get("nn_module_stack") or {}).values()]
+        return _must_stay(node) or _writes(node) or kinds[-1:] != [ATTENTION]
 
     program.graph.eliminate_dead_code(is_impure_node=stays)
     program.graph_module.recompile()

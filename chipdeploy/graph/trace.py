@@ -32,7 +32,7 @@ from chipdeploy.graph.rules import RULES, Denied, Tracing
 from chipdeploy.graph.rules.base import Flow, op_name, tensor_arguments
 from chipdeploy.graph.rules.fixed import count_fixed
 from chipdeploy.graph.settle import settle
-from chipdeploy.graph.simplify import drop_unread
+from chipdeploy.graph.simplify import drop_mean_weights
 from chipdeploy.quiet import quiet
 
 Example = Tensor | tuple[Tensor, ...]
@@ -156,7 +156,7 @@ def export_program(model: nn.Module, inputs: tuple[Tensor, ...], *, training: bo
     """
     with evaluating(model), _handed_back(model), quiet():
         try:
-            return drop_unread(torch.export.export(model.train(training), inputs))
+            return drop_mean_weights(torch.export.export(model.train(training), inputs))
         except Exception as error:  # the exporter raises many kinds; each means the same to the user
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(

@@ -27,7 +27,7 @@ NAMES = {
     "global": "one-shot, BatchNorm scale over the whole network",
     "uniform": "one-shot, the same share of every group",
     "torch-pruning": "Torch-Pruning, global group-L2",
-    "scratch": "uniformly narrower, from scratch",
+    "scratch": "uniformly narrower, from scratch for the dense and these epochs together",
 }
 
 FILES = {

@@ -217,11 +217,14 @@ def _converted(program: ExportedProgram, shapes: Any) -> Any:
 
 def _refuse_lost(program: ExportedProgram) -> None:
     """Raises ExportError for what PyTorch's exporter drops without a word."""
+    from chipdeploy.graph.rules.base import argument, op_name
+
     for node in program.graph.nodes:
-        name = str(node.target)
-        if node.op == "call_function" and "avg_pool" in name and len(node.args) > 6 and node.args[6] is not None:
+        if node.op != "call_function" or op_name(node) not in ("avg_pool2d", "avg_pool3d"):
+            continue
+        if divisor := argument(node, 6, "divisor_override"):
             raise ExportError(
-                f"{node.name} divides by divisor_override={node.args[6]}, which PyTorch's exporter drops; "
+                f"{node.name} divides by divisor_override={divisor}, which PyTorch's exporter drops; "
                 "pool without it, and multiply by the constant that is missing"
             )
 

@@ -24,10 +24,7 @@ def calibrate(
     classes: options.Classes = 10,
     channels: options.Channels = 3,
     image_size: options.Size = 32,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option("--exclude", metavar="PATTERN", help="Layers that keep their outputs, as in 'prune'; repeatable."),
-    ] = None,
+    exclude: options.Exclude = None,
     align: Annotated[
         str, typer.Option("--align", metavar="CHANNELS", help="Widths in multiples of this; auto: the device's stairs.")
     ] = "auto",

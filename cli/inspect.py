@@ -18,6 +18,7 @@ def inspect(
     classes: options.Classes = 10,
     channels: options.Channels = 3,
     image_size: options.Size = 32,
+    exclude: options.Exclude = None,
     json: options.Json = False,
 ) -> None:
     """Show the channel groups of a model, their members, its costs, and what is pinned and why."""
@@ -32,12 +33,13 @@ def inspect(
     spec = model or "resnet20"
     network = build_model(spec, num_classes=classes, in_channels=channels, image_size=image_size)
     example = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    graph = trace(network, example)
+    graph = trace(network, example, exclude=exclude or ())
     facts = {"model": spec} | describe(graph)
     if json:
         print_json(facts)
-    else:
-        _print(facts)
+        return
+    _print(facts)
+    console().print(_next(facts, tuple(exclude or ())))
 
 
 def describe(graph: ChannelGraph) -> dict[str, Any]:
@@ -75,6 +77,15 @@ def _by_reason(pinned: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return dict(sorted(found.items(), key=lambda item: -sum(layer["channels"] for layer in item[1])))
 
 
+def _next(facts: dict[str, Any], exclude: tuple[str, ...]) -> str:
+    """The command that follows, with a budget that this model can reach."""
+    smallest = facts["smallest"]["macs"]
+    keep = 0.3 if smallest <= 0.3 else round((1 + smallest) / 2, 5)
+    data, what_data = own_images(*facts["input"][:2])
+    more = flags({"--exclude": (exclude, ()), "--data": (data, None)})
+    return f"next: chipdeploy prune {quoted(facts['model'])} --flops {keep:g}{more}{what_data}"
+
+
 def _print(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
@@ -100,6 +111,3 @@ def _print(facts: dict[str, Any]) -> None:
             f"{word}: {shares['macs']:.2%} of the FLOPs, {shares['params']:.2%} of the params, "
             f"{shares['channels']:.2%} of the channels, {shares['volume']:.2%} of the volume"
         )
-    data, what_data = own_images(*facts["input"][:2])
-    more = flags({"--data": (data, None)})
-    screen.print(f"next: chipdeploy prune {quoted(facts['model'])} --flops 0.3{more}{what_data}")

@@ -57,6 +57,10 @@ Minutes = Annotated[
 Classes = Annotated[int, typer.Option("--classes", help="Number of classes.")]
 Channels = Annotated[int, typer.Option("--channels", help="Channels of an image.")]
 Size = Annotated[int, typer.Option("--image-size", help="Height and width of the images, pixels.")]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", metavar="PATTERN", help="Layers that keep their outputs, e.g. 'layer4.*'; repeatable."),
+]
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="default, or paper: the published schedule.")]
 TrainEpochs = Annotated[int | None, typer.Option("--train-epochs", help="Epochs of the dense training.")]
 Batch = Annotated[int | None, typer.Option("--batch", help="Images in a training batch.")]

@@ -23,10 +23,7 @@ def profile(
     classes: options.Classes = 10,
     channels: options.Channels = 3,
     image_size: options.Size = 32,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option("--exclude", metavar="PATTERN", help="Layers that keep their outputs, as in 'prune'; repeatable."),
-    ] = None,
+    exclude: options.Exclude = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the plans that are measured.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="File of the profile; one that is there and unfinished goes on.")

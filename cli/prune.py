@@ -60,12 +60,7 @@ def prune(
     blocks: Annotated[
         bool, typer.Option("--blocks", help="Drop whole branches only: at batch 1 on a GPU only that saves time.")
     ] = False,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--exclude", metavar="PATTERN", help="Layers that keep their outputs, e.g. 'layer4.*'; repeatable."
-        ),
-    ] = None,
+    exclude: options.Exclude = None,
     recipe: options.RecipeName = None,
     train_epochs: options.TrainEpochs = None,
     soft_epochs: Annotated[int | None, typer.Option("--soft-epochs", help="Epochs with soft gates.")] = None,

@@ -1,6 +1,7 @@
 """The main job from the command line: prune, export, bench, report, for people and for programs."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -166,6 +167,19 @@ def test_inspect_quotes_the_model_and_leaves_out_the_embedded_images(tmp_path, c
     path.write_text(NET)
     outcome = call("inspect", f"{path}:build", "--image-size", "28", "--channels", "1")
     assert last_line(outcome) == f"next: chipdeploy prune '{path}:build' --flops 0.3"
+
+
+def test_inspect_takes_what_is_excluded_and_names_a_budget_that_can_be_reached(call):
+    given = ("inspect", "resnet20", "--image-size", "16", "--exclude", "layer3.*")
+    facts = call(*given, "--json").json
+    assert {layer["reason"] for layer in facts["pinned"]} > {"excluded by layer3.*"}
+    assert not [group for group in facts["groups"] if group["name"].startswith("layer3")]
+    found = re.match(
+        r"next: chipdeploy prune resnet20 --flops (.+) --exclude 'layer3\.\*' --data", last_line(call(*given))
+    )
+    assert found and facts["smallest"]["macs"] < float(found[1]) < 1
+    outcome = call("inspect", "resnet20", "--exclude", "*")
+    assert outcome.code == 3 and outcome.error.startswith("error: nothing to prune: every channel is pinned")
 
 
 def test_prune_starts_from_what_train_made(tmp_path, data, call):

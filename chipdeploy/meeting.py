@@ -102,7 +102,7 @@ def arrange(
     machine, and where there is none, one is measured and kept in `folder`. One that was interrupted goes on.
 
     Args:
-        tell: is told before anything is measured, in one line.
+        tell: is told before anything is measured, and of a profile that is mostly noise, each in one line.
 
     Raises:
         UsageError: two goals, or one that is met already. BudgetError: one out of reach.
@@ -126,6 +126,11 @@ def arrange(
             )
     profile.check_setting(setting)
     profile.check_graph(graph)
+    if tell and 2 * profile.noisy_rounds > len(profile.rounds):
+        tell(
+            f"note: {profile.noisy_rounds} of the profile's {len(profile.rounds)} rounds are noisy; "
+            "for a better prediction profile again while the machine is quiet, with 'chipdeploy profile --out'"
+        )
     meeting = Meeting(goal, profile, config.via, profile.foreign(here))
     if goal:
         cost = profile.cost(graph)

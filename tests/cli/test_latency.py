@@ -64,6 +64,15 @@ def test_the_command_that_is_named_next_works(call, profile, tmp_path):
     )
 
 
+@pytest.mark.parametrize("noise", ["equal blocks 0.3 apart", ""])
+def test_a_profile_that_is_mostly_noise_is_not_used_without_a_word(call, profile, tmp_path, noise):
+    path, whole = tmp_path / "again.json", LatencyProfile.load(profile)
+    replace(whole, rounds=tuple(replace(one, noise=noise) for one in whole.rounds)).save(path)
+    done = call("calibrate", *TINY, "--latency", "0.5", "--profile", path, "--json")
+    assert done.code == 0, done.err
+    assert ("rounds are noisy; for a better prediction" in done.err) == bool(noise)
+
+
 def begun(profile, folder):
     """The profile as it stands after its first round, under the name by which it is found."""
     whole = LatencyProfile.load(profile)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Learning rate, distillation, soft epochs and value law of a prune, for dense networks trained long and briefly.
+"""Optimizer, learning rate, distillation, soft epochs and value law of a prune, after long and brief dense trainings.
 
     recipe_ablation.py --out results/recipe.json
 
@@ -31,7 +31,7 @@ from chipdeploy.pipeline import prune
 from chipdeploy.result import load
 from chipdeploy.run import Run, read_json, write_json
 from chipdeploy.training.loop import Silent, evaluate
-from chipdeploy.training.recipes import recipe
+from chipdeploy.training.recipes import Recipe, recipe
 from chipdeploy.training.sources import read_fashion_mnist
 from chipdeploy.training.splits import MemorySplit
 from chipdeploy.training.weights import load_weights
@@ -42,10 +42,12 @@ EPOCHS, RATES, WEIGHTS = "10,40", "0.05,0.02", "0,0.7"
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    epochs, rates, weights, softs, powers, seeds = (
+    epochs, dense_paces, paces, rates, weights, softs, powers, seeds = (
         [float(value) for value in text.split(",")]
         for text in (
             options.dense_epochs,
+            options.dense_paces,
+            options.paces,
             options.rates,
             options.weights,
             options.softs,
@@ -55,15 +57,17 @@ def main() -> None:
     )
     if not options.out.is_file():
         write_json(options.out, {"schema": 1, "environment": environment(), "cells": []})
-    for dense_epochs in map(int, epochs):
+    for dense_epochs, dense_pace in product(map(int, epochs), dense_paces):
         job = prepare(PruneConfig(device="cpu", keep=options.keep, train_epochs=dense_epochs))
+        job = replace(job, recipe=replace(job.recipe, pace=dense_pace))
         unseen = _unseen(job, options.data_root)
-        dense = train_dense(job, options.out.parent / "dense", Silent())
+        dense = train_dense(job, options.out.parent / f"dense-{dense_pace:g}", Silent())
         model = job.model()
         load_weights(model, dense)
-        of_dense = {"dense_epochs": dense_epochs, "dense_unseen": evaluate(model, unseen, job.device)}
-        for seed, rate, weight, soft, power in product(seeds, rates, weights, softs, powers):
-            cell = {**of_dense, "keep": options.keep, "align": options.align, "seed": int(seed)}
+        of_dense = {"dense_epochs": dense_epochs, "dense_pace": dense_pace}
+        of_dense |= {"dense_unseen": evaluate(model, unseen, job.device)}
+        for seed, pace, rate, weight, soft, power in product(seeds, paces, rates, weights, softs, powers):
+            cell = {**of_dense, "pace": pace, "keep": options.keep, "align": options.align, "seed": int(seed)}
             cell |= {"lr": rate, "distill": weight, "soft": int(soft), "total": options.total, "value_power": power}
             if any(cell.items() <= row.items() for row in read_json(options.out)["cells"]):
                 continue
@@ -81,6 +85,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--powers", default=str(Schedule.value_power), help="of the value's law")
     parser.add_argument("--total", type=int, default=11, help="epochs of soft pruning and finetune together")
     parser.add_argument("--dense-epochs", default=EPOCHS)
+    parser.add_argument("--dense-paces", default=str(Recipe.pace), help="of orthogonal steps; 0 takes plain SGD")
+    parser.add_argument("--paces", default=str(Recipe.pace), help="likewise, in the finetune")
     parser.add_argument("--rates", default=RATES)
     parser.add_argument("--weights", default=WEIGHTS, help="of the teacher")
     parser.add_argument("--seeds", default="0")
@@ -106,7 +112,8 @@ def _pruned(job: Job, cell: dict[str, float], dense: Path, unseen: MemorySplit) 
     lengths = {"soft_epochs": cell["soft"], "finetune_epochs": cell["total"] - cell["soft"]}
     config = job.config.model_copy(update=same | lengths)
     schedule = replace(job.recipe.schedule, value_power=cell["value_power"])
-    one = Job(config, job.data, replace(job.recipe, schedule=schedule), job.device)
+    rules = replace(job.recipe, schedule=schedule, pace=cell["pace"])
+    one = Job(config, job.data, rules, job.device)
     with tempfile.TemporaryDirectory() as work:
         run = Run.create(Path(work), "prune", config.model_dump())
         prune(config, one, run, dense, Silent())

@@ -16,6 +16,7 @@ from chipdeploy.training.data import ImageData, load_data
 from chipdeploy.training.distill import Teacher
 from chipdeploy.training.loop import Watcher, train_epoch
 from chipdeploy.training.models import build_model
+from chipdeploy.training.orthogonal import OrthogonalSGD
 from chipdeploy.training.recipes import Recipe, recipe
 
 LEARNT_EPOCHS = 30  # a dense network trained for fewer has less to teach than the images have
@@ -89,7 +90,22 @@ class Job:
         return Teacher(dense.eval(), weight, self.recipe.temperature) if weight else None
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """SGD, as the dense training and the finetune use it."""
+        """For the dense training and the finetune: SGD, with orthogonal steps where the recipe has a pace for them."""
+        rules = self.recipe
+        if not rules.pace:
+            return self._sgd(model)
+        return OrthogonalSGD(
+            model, lr=rules.rate, pace=rules.pace, momentum=rules.momentum, weight_decay=rules.weight_decay
+        )
+
+    def soft_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """For the weights in the soft phase: plain SGD, or AdamW as published."""
+        rules = self.recipe
+        if not rules.soft_adam:
+            return self._sgd(model)
+        return torch.optim.AdamW(model.parameters(), lr=rules.soft_adam, weight_decay=rules.weight_decay)
+
+    def _sgd(self, model: nn.Module) -> torch.optim.Optimizer:
         rules = self.recipe
         return torch.optim.SGD(
             model.parameters(), lr=rules.rate, momentum=rules.momentum, weight_decay=rules.weight_decay, nesterov=True

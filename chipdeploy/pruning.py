@@ -66,7 +66,7 @@ class Pruning:
             schedule=job.recipe.schedule,
             cost=self.meeting.profile.cost if self.meeting and budget.kind == LATENCY else None,
         )
-        optimizer = self._soft_optimizer(model)
+        optimizer = job.soft_optimizer(model)
         self._resume("soft", {"chip": chip, "optimizer": optimizer, "logits": chip.optimizer})
         done = sum(row["phase"] == "soft" for row in self.rows)
         self.watcher.phase("soft pruning", self.soft_epochs - done, job.soft_steps)
@@ -194,12 +194,6 @@ class Pruning:
         if self.job.recipe.joined:
             total += self.soft_epochs * self.job.soft_steps
         return self.job.rate(before + step, total)
-
-    def _soft_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        rules = self.job.recipe
-        if rules.soft_adam:
-            return torch.optim.AdamW(model.parameters(), lr=rules.soft_adam, weight_decay=rules.weight_decay)
-        return self.job.optimizer(model)
 
     def _note(self, row: dict[str, Any]) -> None:
         self.rows.append(row)

@@ -8,6 +8,7 @@ from torch import nn
 
 from chipdeploy import checkpoint
 from chipdeploy.errors import RunError
+from chipdeploy.training.orthogonal import OrthogonalSGD
 
 
 def network():
@@ -16,8 +17,9 @@ def network():
 
 
 OPTIMIZERS = {
-    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1),
+    "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True),
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.1),
+    "orthogonal": lambda model: OrthogonalSGD(model, lr=0.1, pace=0.3, momentum=0.9, weight_decay=1e-3),
 }
 
 
@@ -32,11 +34,11 @@ def train(model, optimizer, steps):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_goes_on_as_if_it_had_not_stopped(tmp_path, name):
     model = network()
-    optimizer = OPTIMIZERS[name](model.parameters())
+    optimizer = OPTIMIZERS[name](model)
     train(model, optimizer, 3)
     checkpoint.save(tmp_path / "c.safetensors", checkpoint.pack("m", model) | checkpoint.pack("o", optimizer), {"n": 3})
     other = network()
-    again = OPTIMIZERS[name](other.parameters())
+    again = OPTIMIZERS[name](other)
     tensors, facts = checkpoint.load(tmp_path / "c.safetensors")
     checkpoint.unpack("m", tensors, other)
     checkpoint.unpack("o", tensors, again)

@@ -13,6 +13,7 @@ from chipdeploy.errors import UsageError
 class Recipe:
     """How a network is trained. SGD with Nesterov momentum but for the soft phase of `paper`.
 
+    `pace`: of orthogonal steps in the dense training and the finetune, see `OrthogonalSGD`; 0 takes plain SGD.
     `distill`: weight of the dense network's answers in the finetune's loss, at `temperature`.
     `joined`: one learning-rate curve over soft and finetune together, so that time in the soft phase also trains.
     """
@@ -20,6 +21,7 @@ class Recipe:
     batch: int = 64
     soft_batch: int = 64
     rate: float = 0.05
+    pace: float = 0.3
     distill: float = 0.7
     temperature: float = 4.0
     momentum: float = 0.9
@@ -48,6 +50,7 @@ RECIPES: dict[str, Recipe] = {
         batch=128,
         soft_batch=32,
         rate=0.05,
+        pace=0.0,
         distill=0.0,
         weight_decay=1e-3,
         warmup=0.0,

@@ -1,0 +1,110 @@
+"""SGD that moves convolutions by orthogonal matrices: short trainings learn more in the same steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from chipdeploy.training.loop import autocast
+
+SINGULAR_STEPS, QUINTIC = 5, (3.4445, -4.7750, 2.0315)  # of Muon: all singular values to about 1
+LEAST = 1e-12  # length by which nothing is divided
+
+Moves = list[tuple[Tensor, Tensor]]  # parameters, and where their momentum goes
+
+
+class OrthogonalSGD(Optimizer):
+    """SGD with Nesterov momentum; what moves a convolution is made orthogonal first.
+
+    A kernel is a matrix W, [out, in · height · width]. Its momentum step becomes the nearest matrix O of orthogonal
+    rows or columns, by Newton-Schulz iterations (Muon: Jordan et al., 2024, kellerjordan.github.io/posts/muon), and as
+    long as a share η of the weights: W ← (W − η ‖W‖ O / ‖O‖) / √(1 + η²) (Fromage: Bernstein et al., 2020, arXiv
+    2002.03432). So all directions of a kernel learn at one pace, whatever the scale of its weights, which need no
+    decay. Other parameters, depthwise kernels among them, are moved by plain SGD.
+
+    Args:
+        model: whose parameters are trained.
+        lr: learning rate of plain SGD.
+        pace: η is this share of the learning rate.
+        momentum, weight_decay: as in `torch.optim.SGD`; the decay is of the other parameters alone.
+    """
+
+    def __init__(self, model: nn.Module, *, lr: float, pace: float, momentum: float, weight_decay: float) -> None:
+        kernels = {id(one) for one in _kernels(model)}
+        groups: list[dict[str, Any]] = [
+            {"params": [], "pace": 0.0, "weight_decay": weight_decay},
+            {"params": [], "pace": pace, "weight_decay": 0.0},
+        ]
+        for parameter in model.parameters():
+            groups[id(parameter) in kernels]["params"].append(parameter)
+        super().__init__(groups, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move all parameters that have a gradient; returns the closure's loss, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            moves = [(one, self._direction(one, group)) for one in group["params"] if one.grad is not None]
+            if group["pace"]:
+                _turn(moves, group["lr"] * group["pace"])
+            else:
+                for parameter, direction in moves:
+                    parameter.sub_(direction, alpha=group["lr"])
+        return loss
+
+    def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """Nesterov's step, as `torch.optim.SGD` takes it."""
+        assert parameter.grad is not None
+        gradient = parameter.grad.add(parameter, alpha=group["weight_decay"])
+        momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        momentum.mul_(group["momentum"]).add_(gradient)
+        return gradient.add(momentum, alpha=group["momentum"])
+
+
+def _kernels(model: nn.Module) -> Iterator[Tensor]:
+    """Kernels that mix channels; a depthwise one holds a filter a channel, and no matrix."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.conv._ConvNd) and module.weight.shape[1] > 1:
+            yield module.weight
+
+
+def _turn(moves: Moves, share: float) -> None:
+    """Turn kernels by a share of their own length; those of one shape together, for a GPU's sake."""
+    for alike in _by_shape(moves):
+        turned = orthogonal(torch.stack([direction.flatten(1) for _, direction in alike]))
+        turned /= turned.norm(dim=(1, 2), keepdim=True).clamp(min=LEAST)
+        for (kernel, _), one in zip(alike, turned, strict=True):
+            length = kernel.flatten(1).norm()
+            # Weights that are all 0 have no length to take a share of.
+            step = torch.where(length > 0, length, 1.0) * share
+            kernel.sub_(one.reshape(kernel.shape) * step).div_((1 + share**2) ** 0.5)
+
+
+def _by_shape(moves: Moves) -> Iterable[Moves]:
+    found: dict[torch.Size, Moves] = {}
+    for move in moves:
+        found.setdefault(move[0].shape, []).append(move)
+    return found.values()
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """About the nearest matrices [N, rows, columns] whose singular values are all 1, float32.
+
+    They come out between 0.5 and 1.5, by a quintic iteration that is steep at 0, which is as good for training.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).float()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=LEAST)
+    a, b, c = QUINTIC
+    with autocast(matrices.device):
+        for _ in range(SINGULAR_STEPS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).float()

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,12 @@ from chipdeploy.result import load
 from chipdeploy.run import Run, write_json
 from chipdeploy.training.distill import Teacher
 from chipdeploy.training.loop import Silent, evaluate, renew_norms
-from chipdeploy.training.recipes import recipe
+from chipdeploy.training.recipes import Recipe, recipe
 from chipdeploy.training.weights import load_weights
 
 TP_RATIOS = [float(ratio) for ratio in np.linspace(0.02, 0.98, 49)]
 KEEPS, METHODS = "0.3,0.15,0.5", "chipnet,global,uniform,torch-pruning"
+PLAIN = {"pace": 0.0}  # of cells from before there were orthogonal steps
 Method = Callable[[Job, nn.Module, ChannelGraph, float], nn.Module]
 
 
@@ -96,6 +98,7 @@ def start(options: argparse.Namespace) -> tuple[PruneConfig, Job, Path]:
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     job = prepare(base)
+    job = replace(job, recipe=replace(job.recipe, pace=options.pace))
     dense = Path(base.weights) if base.weights else train_dense(job, options.out.parent / "dense", Silent())
     if not options.out.is_file():
         accuracy = evaluate(dense_network(job, dense), job.data.test, job.device)
@@ -105,12 +108,12 @@ def start(options: argparse.Namespace) -> tuple[PruneConfig, Job, Path]:
 
 def missing(options: argparse.Namespace, goal: dict[str, float]) -> Iterator[dict[str, Any]]:
     """The cells of one goal that the results file does not hold; it is looked at before each."""
-    recipe_of = {"lr": options.lr, "distill": options.distill}
+    recipe_of = {"lr": options.lr, "distill": options.distill, "pace": options.pace}
     for seed in map(int, options.seeds.split(",")):
         for method in options.methods.split(","):
             cell = {"method": method, **goal, "seed": seed, **recipe_of}
             rows = json.loads(options.out.read_text())["cells"]
-            if not any(all(row.get(key) == value for key, value in cell.items()) for row in rows):
+            if not any(cell.items() <= (PLAIN | row).items() for row in rows):
                 yield cell
 
 
@@ -163,6 +166,7 @@ def add_options(
     parser.add_argument("--threads", type=int, default=threads)
     parser.add_argument("--lr", type=float, help="peak learning rate, where it is not the recipe's")
     parser.add_argument("--distill", type=float, help="weight of the teacher, likewise")
+    parser.add_argument("--pace", type=float, default=Recipe.pace, help="of orthogonal steps; 0 takes plain SGD")
     parser.add_argument("--device", default="cpu")
     numbers = lambda text: tuple(map(float, text.split(",")))  # noqa: E731
     parser.add_argument("--mean", type=numbers)
@@ -401,7 +405,8 @@ def _count(model: nn.Module, small: nn.Module, job: Job) -> dict[str, Any]:
 
 
 def _file_name(cell: dict[str, Any]) -> str:
-    return f"{cell['method']}-{cell['keep']:g}-{cell['seed']}"
+    pace = f"-{cell['pace']:g}" if cell.get("pace") else ""
+    return f"{cell['method']}-{cell['keep']:g}-{cell['seed']}{pace}"
 
 
 def times(files: Path, cell: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from compare import PLAIN
+
 from chipdeploy.latency.environment import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,9 +95,12 @@ def section(path: Path) -> str:
     here = environment_line(store["environment"])
     trained = "; ".join(sorted({cell.get("machine", here) for cell in store["cells"]}))
     timed = "; ".join(sorted({cell.get("timed_on", cell.get("machine", here)) for cell in store["cells"]}))
+    cells_of = newest(store["cells"])
+    paces = {one["pace"] for cells in cells_of.values() for one in cells}
     lines = [
         f"{settings['model']} on {settings['data']}, dense {store['dense_test']:.2%}, from {start}; "
         f"{settings['total']} epochs in all for every method, {settings['soft']} of them soft in chipdeploy; "
+        f"finetuned by {'orthogonal steps' if any(paces) else 'plain SGD, as was the default before orthogonal steps'}; "
         "one run each where no number is given, the highest accuracy in bold. "
         f"Time: ONNX Runtime, one thread, as a share of the dense network's ({timed}). Trained on: {trained}. "
         f"Raw data: `{path.relative_to(ROOT)}`.",
@@ -103,17 +108,25 @@ def section(path: Path) -> str:
         "| FLOPs kept | method | test accuracy | time, batch 1 | time, batch 32 | params |",
         "|---|---|---|---|---|---|",
     ]
-    groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
-    for cell in store["cells"]:
-        groups.setdefault((-cell["keep"], cell["method"]), []).append(cell)
     order = list(NAMES)
-    best = {keep: max(tested(cells) for (at, _), cells in groups.items() if at == keep) for keep, _ in groups}
-    for (keep, method), cells in sorted(groups.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
+    best = {keep: max(tested(cells) for (at, _), cells in cells_of.items() if at == keep) for keep, _ in cells_of}
+    for (keep, method), cells in sorted(cells_of.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
         kept = mean(cell["macs"] for cell in cells)
         name = NAMES[method] + (f"; reaches {kept:.2f} only" if kept > -keep else "")
+        name += "; plain SGD" if any(paces) and not cells[0]["pace"] else ""
         right = accuracy(cells, bold=tested(cells) == best[keep])
         lines.append(f"| {-keep:g} | {name} | {right} | {times(cells)} | {share(cells, 'params')} |")
     return "\n".join(lines)
+
+
+def newest(cells: list[dict[str, Any]]) -> dict[tuple[float, str], list[dict[str, Any]]]:
+    """Cells by -keep and method: of a method those with orthogonal steps, where there are any."""
+    found: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for cell in cells:
+        found.setdefault((-cell["keep"], cell["method"]), []).append(PLAIN | cell)
+    for alike in found.values():
+        alike[:] = [one for one in alike if one["pace"] == max(other["pace"] for other in alike)]
+    return found
 
 
 def tested(cells: list[dict[str, Any]]) -> float:

@@ -100,7 +100,7 @@ def section(path: Path) -> str:
     lines = [
         f"{settings['model']} on {settings['data']}, dense {store['dense_test']:.2%}, from {start}; "
         f"{settings['total']} epochs in all for every method, {settings['soft']} of them soft in chipdeploy; "
-        f"finetuned by {'orthogonal steps' if any(paces) else 'plain SGD, as was the default before orthogonal steps'}; "
+        f"finetuned by {'orthogonal steps' if any(paces) else 'plain SGD, the default before orthogonal steps'}; "
         "one run each where no number is given, the highest accuracy in bold. "
         f"Time: ONNX Runtime, one thread, as a share of the dense network's ({timed}). Trained on: {trained}. "
         f"Raw data: `{path.relative_to(ROOT)}`.",

@@ -69,9 +69,9 @@ class OrthogonalSGD(Optimizer):
 
 
 def _kernels(model: nn.Module) -> Iterator[Tensor]:
-    """Kernels that mix channels; a depthwise one holds a filter a channel, and no matrix."""
+    """Kernels that are matrices; a depthwise one is a filter for each channel."""
     for module in model.modules():
-        if isinstance(module, nn.modules.conv._ConvNd) and module.weight.shape[1] > 1:
+        if isinstance(module, nn.modules.conv._ConvNd) and (module.groups == 1 or module.weight.shape[1] > 1):
             yield module.weight
 
 

@@ -61,6 +61,16 @@ def test_all_but_mixing_kernels_move_as_in_sgd():
         torch.testing.assert_close(mine, theirs)
 
 
+def test_a_stem_of_one_channel_is_no_depthwise_kernel():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3, groups=2))
+    optimizer = OrthogonalSGD(model, lr=0.1, pace=0.3, momentum=0.9, weight_decay=0.01)
+    others, kernels = (group["params"] for group in optimizer.param_groups)
+    assert [one is kernel for one, kernel in zip(kernels, (model[0].weight, model[2].weight), strict=True)] == [
+        True
+    ] * 2
+    assert model[1].weight in set(others)
+
+
 def test_a_kernel_goes_a_share_of_its_length():
     model = network()
     kernel = model[0].weight

@@ -63,8 +63,10 @@ class OrthogonalSGD(Optimizer):
         """Nesterov's step, as `torch.optim.SGD` takes it."""
         assert parameter.grad is not None
         gradient = parameter.grad.add(parameter, alpha=group["weight_decay"])
-        momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-        momentum.mul_(group["momentum"]).add_(gradient)
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        momentum: Tensor = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
         return gradient.add(momentum, alpha=group["momentum"])
 
 

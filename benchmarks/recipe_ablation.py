@@ -61,7 +61,7 @@ def main() -> None:
         job = prepare(PruneConfig(device="cpu", keep=options.keep, train_epochs=dense_epochs))
         job = replace(job, recipe=replace(job.recipe, pace=dense_pace))
         unseen = _unseen(job, options.data_root)
-        dense = train_dense(job, options.out.parent / f"dense-{dense_pace:g}", Silent())
+        dense = train_dense(job, options.out.parent / "dense", Silent())
         model = job.model()
         load_weights(model, dense)
         of_dense = {"dense_epochs": dense_epochs, "dense_pace": dense_pace}

@@ -37,7 +37,14 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # the last: torch cannot map
         raise RunError(f"{path} is damaged: {error}; delete it to start the run over") from error
 
 
@@ -55,15 +62,19 @@ def pack(prefix: str, source: nn.Module | torch.optim.Optimizer) -> dict[str, Te
 
 
 def unpack(prefix: str, tensors: Mapping[str, Tensor], target: nn.Module | torch.optim.Optimizer) -> None:
-    """Put back what `pack` took."""
+    """Put back what `pack` took. Raises RunError where the state is another optimizer's."""
     mine = {name.removeprefix(prefix + "."): t for name, t in tensors.items() if name.startswith(prefix + ".")}
     if isinstance(target, nn.Module):
         target.load_state_dict(mine)
         return
     whole = target.state_dict()
+    parameters = [parameter for group in target.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in mine.items():
         index, _, key = name.partition(".")
+        # Of a version that trained otherwise; counters have no dimension.
+        if tensor.ndim and tensor.shape != parameters[int(index)].shape:
+            raise RunError("the checkpoint is of another optimizer, by another version; start over in another --run")
         state.setdefault(int(index), {})[key] = tensor
     whole["state"] = state
     target.load_state_dict(whole)

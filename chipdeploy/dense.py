@@ -29,7 +29,7 @@ def train_dense(job: Job, folder: Path, watcher: Watcher) -> Path:
     settings |= {f"{name}_digest": value for name, value in job.inputs.items()}
     # The same pixels under two names may be normalised in two ways.
     counts = {name: value for name, value in settings.items() if name not in PLACES}
-    counts |= {"mean": job.data.mean, "std": job.data.std}
+    counts |= {"mean": job.data.mean, "std": job.data.std, "pace": job.recipe.pace}
     key = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:12]
     path = folder / f"{Path(job.config.model).stem.replace(':', '-')}-{key}.safetensors"
     facts = path.with_suffix(".json")

@@ -49,6 +49,14 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path, name):
         assert torch.equal(value, other.state_dict()[key]), key
 
 
+def test_the_state_of_another_optimizer_is_refused():
+    model = network()
+    sgd = OPTIMIZERS["momentum"](model)
+    train(model, sgd, 1)
+    with pytest.raises(RunError, match="another optimizer"):
+        checkpoint.unpack("o", checkpoint.pack("o", sgd), OPTIMIZERS["orthogonal"](model))
+
+
 def test_one_prefix_is_not_taken_for_another(tmp_path):
     model, longer = nn.Linear(2, 2), nn.Linear(2, 2)
     tensors = checkpoint.pack("chip", model) | checkpoint.pack("chip2", longer)

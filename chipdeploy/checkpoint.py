@@ -16,6 +16,8 @@ from chipdeploy.errors import RunError
 from chipdeploy.files import atomic
 
 NAME = "checkpoint.safetensors"
+# What a damaged file raises; the last of them where it cannot be mapped into memory.
+UNREADABLE = (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError)
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -37,14 +39,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
-    except (
-        SafetensorError,
-        OSError,
-        KeyError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # the last: torch cannot map
+    except UNREADABLE as error:
         raise RunError(f"{path} is damaged: {error}; delete it to start the run over") from error
 
 

@@ -75,6 +75,7 @@ def main() -> None:
                 config = base.model_copy(update={"keep": keep, "seed": cell["seed"]})
                 one = Job(config, job.data, job.recipe, job.device)
                 files = options.untimed or Path(work)
+                files.mkdir(parents=True, exist_ok=True)
                 row = cell | _run(cell, one, dense, files, options)
                 append(options.out, row)
                 print({key: row[key] for key in (*cell, "test", "macs", "params", "seconds")}, flush=True)
@@ -232,8 +233,7 @@ def export(job: Job, network: nn.Module, path: Path) -> Path:
 def finetune(job: Job, model: nn.Module, epochs: int, teacher: Teacher | None, *, saved: Path | None = None) -> None:
     """The default recipe's own finetune, from its first step to its last.
 
-    saved: a checkpoint, written after every epoch and found again: for a training of hours. On a GPU such a network's
-    kernels are launched as CUDA graphs as well, which takes long to set up.
+    saved: a checkpoint, written after every epoch and found again: for a training of hours.
     """
     optimizer, total, first = job.optimizer(model), epochs * job.steps, 0
     if saved and saved.is_file():
@@ -243,12 +243,9 @@ def finetune(job: Job, model: nn.Module, epochs: int, teacher: Teacher | None, *
         checkpoint.unpack("model", tensors, model)
         checkpoint.unpack("optimizer", tensors, optimizer)
         first = facts["done"]
-    network = model
-    if saved and job.device.type == "cuda":
-        network = torch.compile(model, mode="reduce-overhead")  # type: ignore[assignment]
     for epoch in range(first, epochs):
         rate = lambda step, before=epoch * job.steps: job.rate(before + step, total)  # noqa: E731
-        job.epoch(network, optimizer, epoch, rate, Silent(), teacher=teacher)
+        job.epoch(model, optimizer, epoch, rate, Silent(), teacher=teacher)
         if saved:
             tensors = checkpoint.pack("model", model) | checkpoint.pack("optimizer", optimizer)
             checkpoint.save(saved, tensors, {"done": epoch + 1, "total": epochs})

@@ -32,7 +32,7 @@ from chipdeploy.graph.surgery import hard_prune
 from chipdeploy.graph.trace import trace
 from chipdeploy.latency.environment import environment
 from chipdeploy.run import write_json
-from chipdeploy.training.loop import autocast
+from chipdeploy.training.autocast import autocast
 from chipdeploy.training.models import build_model
 
 

@@ -7,6 +7,7 @@ Methods: latency and flops (`--via`), tp-1, tp-8, tp-16 (Torch-Pruning's global 
 cut whose measured time is within the goal, or where none is the fastest, which then stands for harder goals, too). All
 start from the same dense network, and train for the same number of epochs by the same recipe. What each network takes
 is measured once more at the end, in a process of its own. A cell that the output file holds already is not run again.
+Beside other jobs it times on a core of its own (`--quiet` of side_by_side.py).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from compare import (
     torch_pruning_cuts,
 )
 from latency_nets import PROFILES
+from quiet import quiet_core, quietly
 from torch import nn
 
 from chipdeploy.config import PruneConfig
@@ -52,7 +54,7 @@ from chipdeploy.latency.store import file_name
 from chipdeploy.meeting import arrange, setting_of
 from chipdeploy.pipeline import prune
 from chipdeploy.result import load
-from chipdeploy.run import Run, read_json
+from chipdeploy.run import Run, read_json, write_json
 from chipdeploy.training.loop import Silent, evaluate, renew_norms
 
 METHODS = "latency,flops,tp-1,tp-8,tp-16"
@@ -60,6 +62,7 @@ METHODS = "latency,flops,tp-1,tp-8,tp-16"
 
 def main() -> None:
     options = _options()
+    Rig.time = quietly(Rig.time)  # type: ignore[method-assign]  # the search for the plan times inside the package
     options.profiles.mkdir(parents=True, exist_ok=True)
     base, job, dense = start(options)
     base = base.model_copy(update={"on": options.on})
@@ -100,7 +103,7 @@ def _run(method: str, job: Job, dense: Path, options: argparse.Namespace, work: 
     model = dense_network(job, dense)
     graph = trace(model, job.example)
     if method.startswith("tp-"):
-        small, facts = _torch_pruning(job, model, graph, int(method[3:]), work)
+        small, facts = _torch_pruning(job, model, graph, int(method[3:]), options, work)
         renew_norms(small, job.data.train, batch=job.batch, device=job.device)
         finetune(job, small, options.total, job.teacher(dense_network(job, dense)))
     else:
@@ -129,13 +132,13 @@ def _chipnet(
 
 
 def _torch_pruning(
-    job: Job, model: nn.Module, graph: ChannelGraph, round_to: int, work: Path
+    job: Job, model: nn.Module, graph: ChannelGraph, round_to: int, options: argparse.Namespace, work: Path
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Of its cuts the one with the most MACs whose measured time is within the goal, found by halves on the device;
     where none is, the fastest."""
     config = job.config
     assert isinstance(config, PruneConfig) and config.latency
-    cuts = torch_pruning_cuts(job, model, graph, round_to)
+    cuts = _cuts(job, model, graph, round_to, options.out)
     tries: list[dict[str, float]] = []
     low, high = 0, len(cuts)  # cuts below `low` are within the goal, those from `high` on are not
     with Rig(model, graph, setting_of(config, graph)) as rig:
@@ -150,6 +153,14 @@ def _torch_pruning(
     within = [one for one in tries if one["time"] <= config.latency]
     chosen = max(within, key=lambda one: one["macs"]) if within else min(tries, key=lambda one: one["time"])
     return torch_pruning_cut(job, model, graph, chosen["ratio"], round_to), {"tries": tries, "met": bool(within)}
+
+
+def _cuts(job: Job, model: nn.Module, graph: ChannelGraph, round_to: int, out: Path) -> list[tuple[float, float]]:
+    """All of Torch-Pruning's cuts; no goal and no seed changes them, so they are kept beside the results."""
+    path = out.with_name(f"{job.config.model}-tp-{round_to}.json")
+    if not path.is_file():
+        write_json(path, {"cuts": torch_pruning_cuts(job, model, graph, round_to)})
+    return [(share, ratio) for share, ratio in read_json(path)["cuts"]]
 
 
 def _fresh(job: Job, model: nn.Module, small: nn.Module, work: Path) -> dict[str, Any]:
@@ -177,7 +188,8 @@ def timed(dense: str, small: str, on: str, threads: str, shape: str, seconds: st
     images = np.random.default_rng(0).standard_normal(sizes, dtype=np.float32)
     engines = [open_engine(on, Path(path), threads=int(threads)) for path in (dense, small, dense)]
     one, other, control = (partial(engine.run, images) for engine in engines)
-    found = compare(one, other, control=control, batch=sizes[0], min_blocks=BLOCKS, seconds=float(seconds))
+    with quiet_core():
+        found = compare(one, other, control=control, batch=sizes[0], min_blocks=BLOCKS, seconds=float(seconds))
     facts = {"time": found.ratio, "interval": list(found.ratio_interval), "control": found.control_ratio}
     print(json.dumps(facts | {"block_ratios": [round(float(value), 4) for value in found.ratios]}))
 

@@ -6,7 +6,9 @@
 A line is `NAME [after OTHER,OTHER]: COMMAND`. A job starts when a core is free and those named after `after` have ended
 well; the first lines go first. What a job prints is in NAME.log, what came of all in the last lines that are printed.
 With `nvidia-cuda-mps-control -d` running, and CUDA_MPS_PIPE_DIRECTORY set, the jobs' kernels run at the same time;
-without it they take turns. Nothing can be timed meanwhile: see `--untimed` of compare.py.
+without it they take turns. Nothing can be timed beside them (see `--untimed` of compare.py) but on cores that are set
+aside with `--quiet`, by the jobs that know of them (latency_accuracy.py). Where cores share their units in pairs, set
+aside whole pairs, and name one of each.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from quiet import CORES
 
 LINE = re.compile(r"(?P<name>[\w.-]+)(?: after (?P<needs>[\w.,-]+))?: (?P<command>.+)")
 
@@ -52,8 +56,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", type=Path)
     parser.add_argument("--logs", type=Path, required=True)
+    parser.add_argument("--quiet", default="", help="cores on which jobs may time, one at a time; give taskset others")
     options = parser.parse_args()
     options.logs.mkdir(parents=True, exist_ok=True)
+    os.environ |= {CORES: options.quiet, "OMP_NUM_THREADS": "1"}
     lines = options.jobs.read_text(encoding="utf-8").splitlines()
     failed = run([Job.of(line) for line in lines if line.strip()], options.logs)
     if failed:
@@ -90,7 +96,6 @@ def start(job: Job, core: int, logs: Path) -> Running:
             ["taskset", "-c", str(core), "sh", "-c", job.command],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
     return Running(job, process, core)
 

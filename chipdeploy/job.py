@@ -138,6 +138,8 @@ class Job:
             device=self.device,
             watcher=watcher,
             teacher=teacher,
+            # A network of the user's own may count its steps, or draw from Python's random numbers.
+            replay=not model_digest(self.config.model),
         )
 
 

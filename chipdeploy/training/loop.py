@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from chipdeploy.chipnet.soft import ChipNet
 from chipdeploy.errors import TargetError, UsageError
+from chipdeploy.training.autocast import autocast
 from chipdeploy.training.distill import Teacher
+from chipdeploy.training.replay import Replayed, replayable, set_rate
 from chipdeploy.training.splits import Split
 
 REPORT_EVERY = 20  # steps between two looks at the loss: reading it waits for the device
@@ -40,18 +42,6 @@ class Silent:
     def epoch(self, row: dict[str, Any]) -> None: ...
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bf16 where the device computes it natively, float32 elsewhere."""
-    if device.type == "cuda":
-        return torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_bf16_supported())
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=_cpu_has_bf16())
-
-
-def _cpu_has_bf16() -> bool:
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(supported is not None and supported())
-
-
 def train_epoch(
     network: nn.Module,
     split: Split,
@@ -63,11 +53,13 @@ def train_epoch(
     device: torch.device,
     watcher: Watcher,
     teacher: Teacher | None = None,
+    replay: bool = False,
 ) -> float:
     """Train for one epoch; returns the mean loss.
 
     rate: learning rate of every step of the epoch. A `ChipNet` gets its own losses and its own step. teacher: whose
-    answers are learnt beside the labels.
+    answers are learnt beside the labels. replay: launch whole steps where that can be, see `Replayed`; for networks
+    whose training draws on nothing but PyTorch.
 
     Raises:
         TargetError: the loss is no finite number any more.
@@ -78,9 +70,8 @@ def train_epoch(
     chip = network if isinstance(network, ChipNet) else None
     total = torch.zeros((), device=device)
     done = 0
-    for images, labels in split.batches(batch, seed=seed, augment=True, device=device):
-        for group in optimizer.param_groups:
-            group["lr"] = rate(done)
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
         loss = task = _task_loss(network, images, labels, device, teacher)
         if chip is not None:
             loss = chip.loss(task)
@@ -89,7 +80,13 @@ def train_epoch(
         optimizer.step()
         if chip is not None:
             chip.step()
-        total += task.detach()
+        return task.detach()
+
+    whole = replay and chip is None and replayable(optimizer, device)
+    launch = Replayed(step, optimizer, device) if whole else step
+    for images, labels in split.batches(batch, seed=seed, augment=True, device=device):
+        set_rate(optimizer, rate(done))
+        total += launch(images, labels)
         done += 1
         if done % REPORT_EVERY == 0:
             watcher.step(REPORT_EVERY, _facts(total / done, chip))

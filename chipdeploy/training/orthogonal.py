@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from chipdeploy.training.loop import autocast
+from chipdeploy.training.autocast import autocast
 
 SINGULAR_STEPS, QUINTIC = 5, (3.4445, -4.7750, 2.0315)  # of Muon: all singular values to about 1
 LEAST = 1e-12  # length by which nothing is divided
@@ -22,13 +22,13 @@ class OrthogonalSGD(Optimizer):
 
     A kernel is a matrix W, [out, in · height · width]. Its momentum step becomes the nearest matrix O of orthogonal
     rows or columns, by Newton-Schulz iterations (Muon: Jordan et al., 2024, kellerjordan.github.io/posts/muon), and as
-    long as a share η of the weights: W ← (W − η ‖W‖ O / ‖O‖) / √(1 + η²) (Fromage: Bernstein et al., 2020, arXiv
-    2002.03432). So all directions of a kernel learn at one pace, whatever the scale of its weights, which need no
-    decay. Other parameters, depthwise kernels among them, are moved by plain SGD.
+    long as a share η of the weights (as in Fromage: Bernstein et al., 2020, arXiv 2002.03432), whose length stays:
+    W ← ‖W‖ V / ‖V‖ with V = W − η ‖W‖ O / ‖O‖. So all directions of a kernel learn at one pace, whatever the scale of
+    its weights, which need no decay. Other parameters, depthwise kernels among them, are moved by plain SGD.
 
     Args:
         model: whose parameters are trained.
-        lr: learning rate of plain SGD.
+        lr: learning rate of plain SGD; its group may hold a tensor, [], in its place.
         pace: η is this share of the learning rate.
         momentum, weight_decay: as in `torch.optim.SGD`; the decay is of the other parameters alone.
     """
@@ -51,23 +51,27 @@ class OrthogonalSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            moves = [(one, self._direction(one, group)) for one in group["params"] if one.grad is not None]
+            moved = [one for one in group["params"] if one.grad is not None]
+            if not moved:
+                continue
+            directions = self._directions(moved, group)
             if group["pace"]:
-                _turn(moves, group["lr"] * group["pace"])
+                _turn(list(zip(moved, directions, strict=True)), group["lr"] * group["pace"])
             else:
-                for parameter, direction in moves:
-                    parameter.sub_(direction, alpha=group["lr"])
+                _move(moved, directions, group["lr"])
         return loss
 
-    def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """Nesterov's step, as `torch.optim.SGD` takes it."""
-        assert parameter.grad is not None
-        gradient = parameter.grad.add(parameter, alpha=group["weight_decay"])
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        momentum: Tensor = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
-        return gradient.add(momentum, alpha=group["momentum"])
+    def _directions(self, moved: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """Nesterov's steps, as `torch.optim.SGD` takes them; all at once, for a GPU waits for every launch."""
+        gradients = [one.grad for one in moved if one.grad is not None]
+        gradients = list(torch._foreach_add(gradients, moved, alpha=group["weight_decay"]))
+        for parameter in moved:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum_buffer"] for parameter in moved]
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, gradients)
+        return list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))
 
 
 def _kernels(model: nn.Module) -> Iterator[Tensor]:
@@ -77,16 +81,32 @@ def _kernels(model: nn.Module) -> Iterator[Tensor]:
             yield module.weight
 
 
-def _turn(moves: Moves, share: float) -> None:
-    """Turn kernels by a share of their own length; those of one shape together, for a GPU's sake."""
+def _move(moved: list[Tensor], directions: list[Tensor], rate: float | Tensor) -> None:
+    """The last part of a step of SGD."""
+    if isinstance(rate, Tensor):  # it is not known to the host
+        torch._foreach_mul_(directions, rate)
+        rate = 1.0
+    torch._foreach_sub_(moved, directions, alpha=rate)
+
+
+def _turn(moves: Moves, share: float | Tensor) -> None:
+    """Turn kernels by a share of their own length, which they keep; those of one shape together, for a GPU's sake."""
     for alike in _by_shape(moves):
+        kernels = torch.stack([kernel.flatten(1) for kernel, _ in alike])
         turned = orthogonal(torch.stack([direction.flatten(1) for _, direction in alike]))
-        turned /= turned.norm(dim=(1, 2), keepdim=True).clamp(min=LEAST)
-        for (kernel, _), one in zip(alike, turned, strict=True):
-            length = kernel.flatten(1).norm()
-            # Weights that are all 0 have no length to take a share of.
-            step = torch.where(length > 0, length, 1.0) * share
-            kernel.sub_(one.reshape(kernel.shape) * step).div_((1 + share**2) ** 0.5)
+        lengths = _lengths(kernels)
+        # Weights that are all 0 have no length to take a share of, and get one.
+        some = lengths > 0
+        kernels -= turned / _lengths(turned).clamp(min=LEAST) * torch.where(some, lengths, 1.0) * share
+        kernels *= torch.where(some, lengths / _lengths(kernels).clamp(min=LEAST), 1.0)
+        shape = alike[0][0].shape
+        torch._foreach_copy_([kernel for kernel, _ in alike], list(kernels.reshape(-1, *shape)))
+
+
+def _lengths(matrices: Tensor) -> Tensor:
+    """Frobenius norms of matrices [N, rows, columns], as [N, 1, 1]."""
+    found: Tensor = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
+    return found
 
 
 def _by_shape(moves: Moves) -> Iterable[Moves]:

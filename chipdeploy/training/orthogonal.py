@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from chipdeploy.training.autocast import autocast
 
 SINGULAR_STEPS, QUINTIC = 5, (3.4445, -4.7750, 2.0315)  # of Muon: all singular values to about 1
+LENGTH_PACE = 8.0  # a gradient is mostly across the weights; without norms, lengths learn too little at 1
 LEAST = 1e-12  # length by which nothing is divided
 
 Moves = list[tuple[Tensor, Tensor]]  # parameters, and where their momentum goes
@@ -22,9 +23,10 @@ class OrthogonalSGD(Optimizer):
 
     A kernel is a matrix W, [out, in · height · width]. Its momentum step becomes the nearest matrix O of orthogonal
     rows or columns, by Newton-Schulz iterations (Muon: Jordan et al., 2024, kellerjordan.github.io/posts/muon), and as
-    long as a share η of the weights (as in Fromage: Bernstein et al., 2020, arXiv 2002.03432), whose length stays:
-    W ← ‖W‖ V / ‖V‖ with V = W − η ‖W‖ O / ‖O‖. So all directions of a kernel learn at one pace, whatever the scale of
-    its weights, which need no decay. Other parameters, depthwise kernels among them, are moved by plain SGD.
+    long as a share η of the weights (as in Fromage: Bernstein et al., 2020, arXiv 2002.03432): W turns to
+    W − η ‖W‖ O / ‖O‖. Its length is moved by the gradient G alone, by the factor exp(−8 η cos(G, W)), so it stays where
+    a norm follows. All directions of a kernel learn at one pace, whatever the scale of its weights, which need no
+    decay. Other parameters, depthwise kernels among them, are moved by plain SGD.
 
     Args:
         model: whose parameters are trained.
@@ -90,17 +92,29 @@ def _move(moved: list[Tensor], directions: list[Tensor], rate: float | Tensor) -
 
 
 def _turn(moves: Moves, share: float | Tensor) -> None:
-    """Turn kernels by a share of their own length, which they keep; those of one shape together, for a GPU's sake."""
+    """Turn kernels by a share of their own length; those of one shape together, for a GPU's sake."""
     for alike in _by_shape(moves):
-        kernels = torch.stack([kernel.flatten(1) for kernel, _ in alike])
-        turned = orthogonal(torch.stack([direction.flatten(1) for _, direction in alike]))
+        kernels = _matrices(kernel for kernel, _ in alike)
+        gradients = _matrices(kernel.grad for kernel, _ in alike if kernel.grad is not None)
+        turned = _unit(orthogonal(_matrices(direction for _, direction in alike)))
         lengths = _lengths(kernels)
+        # The gradient's own, without momentum: steps of before are of other weights, and lengthen these.
+        along = (_unit(kernels) * _unit(gradients)).sum(dim=(1, 2), keepdim=True)
         # Weights that are all 0 have no length to take a share of, and get one.
         some = lengths > 0
-        kernels -= turned / _lengths(turned).clamp(min=LEAST) * torch.where(some, lengths, 1.0) * share
-        kernels *= torch.where(some, lengths / _lengths(kernels).clamp(min=LEAST), 1.0)
+        kernels -= turned * torch.where(some, lengths, 1.0) * share
+        kernels = torch.where(some, _unit(kernels) * lengths * torch.exp(-along * LENGTH_PACE * share), kernels)
         shape = alike[0][0].shape
         torch._foreach_copy_([kernel for kernel, _ in alike], list(kernels.reshape(-1, *shape)))
+
+
+def _matrices(tensors: Iterable[Tensor]) -> Tensor:
+    """Kernels of one shape as matrices [N, out, in · height · width], a copy."""
+    return torch.stack([tensor.flatten(1) for tensor in tensors])
+
+
+def _unit(matrices: Tensor) -> Tensor:
+    return matrices / _lengths(matrices).clamp(min=LEAST)
 
 
 def _lengths(matrices: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Orthogonal steps: against plain SGD, against the formula with an exact singular value decomposition."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,17 +89,27 @@ def test_a_kernel_goes_a_share_of_its_length():
     assert float(F.cosine_similarity(moved.flatten(), (expected - before).flatten(), dim=0)) > 0.95
 
 
-def test_a_kernel_keeps_its_length_however_long_it_trains():
-    """Steps that point away from it would lengthen it by a factor each: after 25,000 of them a network overflows."""
+def test_a_kernel_before_a_norm_keeps_its_length():
+    """The steps point away from it: lengthened by a factor each time, a network overflows in 25,000 of them."""
     model = network()
     kernel = model[0].weight
     length = float(kernel.detach().norm())
-    optimizer = OrthogonalSGD(model, lr=0.1, pace=0.3, momentum=0.9, weight_decay=0.01)
-    for _ in range(300):
-        for parameter in model.parameters():
-            parameter.grad = -parameter.detach().clone()
+    optimizer = OrthogonalSGD(model, lr=0.1, pace=0.3, momentum=0.9, weight_decay=0.0)
+    for step in range(300):
+        backward(model, step)
         optimizer.step()
-    assert float(kernel.detach().norm()) == pytest.approx(length, rel=1e-4)
+    assert float(kernel.detach().norm()) == pytest.approx(length, rel=0.01)
+
+
+def test_without_a_norm_the_gradient_moves_a_kernels_length():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False))
+    kernel = model[0].weight
+    optimizer = OrthogonalSGD(model, lr=0.1, pace=0.3, momentum=0.9, weight_decay=0.0)
+    for sign in (1.0, -1.0):
+        length = float(kernel.detach().norm())
+        kernel.grad = sign * kernel.detach().clone()
+        optimizer.step()
+        assert float(kernel.detach().norm()) == pytest.approx(length * math.exp(-8 * 0.1 * 0.3 * sign), rel=1e-4)
 
 
 def test_weights_of_any_scale_go_alike():

@@ -28,6 +28,7 @@ HEADERS = {
     "memory": ("network", "batch", "weights", "activations", "ONNX Runtime's process grows by", "of the plan"),
     "targets": ("network", "goal", "found", "in 5 processes", "least-most", "dense / dense", "over the goal", "tries"),
 }
+HEADERS["accuracy"] = ("network", "goal", "method", "time of dense", "MACs kept", "test accuracy", "seeds")
 HEADERS["targets-h100"] = tuple("in 2 processes" if text == "in 5 processes" else text for text in HEADERS["targets"])
 
 
@@ -39,17 +40,21 @@ def main() -> None:
     stores = {name: _read(folder, f"{name}.json") for name in ("predictors", "targets", "targets-h100")}
     stores["memory"] = _read(folder.parent, "memory.json")
     makers = {"predictors": _predictors, "targets": _targets, "targets-h100": _targets, "memory": _memory}
+    page = _filled(page, "accuracy", _accuracy(folder))
     for name, make in makers.items():
         where = f"Machine: {stores[name]['environment']['machine']}"
         if name != "memory":
             setting = stores[name]["rows" if name == "predictors" else "cells"][0]["setting"]
             where += "; " + ", ".join(part for part in setting.split(", ") if "x" not in part)  # all but the shape
-        start, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-        before, rest = page.split(start)
-        page = (
-            f"{before}{start}{markdown_grid(HEADERS[name], make(stores[name]))}\n\n{where}.\n{end}{rest.split(end)[1]}"
-        )
+        page = _filled(page, name, f"{markdown_grid(HEADERS[name], make(stores[name]))}\n\n{where}.")
     write_text(PAGE, page)
+
+
+def _filled(page: str, name: str, text: str) -> str:
+    """The page with new text between the marks of a table."""
+    start, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    before, rest = page.split(start)
+    return f"{before}{start}{text}\n{end}{rest.split(end)[1]}"
 
 
 def _read(folder: Path, name: str) -> Any:
@@ -70,6 +75,32 @@ def _predictors(store: Any) -> list[tuple[str, ...]]:
         )
         for row in store["rows"]
     ]
+
+
+def _accuracy(folder: Path) -> str:
+    """Accuracy at equal measured time, of all networks; seeds that end at the same goal share a row."""
+    rows, machines = [], list[str]()
+    for path in sorted(folder.glob("accuracy-*.json"), reverse=True):
+        store, groups = json.loads(path.read_text(encoding="utf-8")), dict[tuple[float, str], list[Any]]()
+        for cell in store["cells"]:
+            groups.setdefault((cell["goal"], cell["method"]), []).append(cell)
+            machines.append(cell["timed_on"])
+        name = f"{store['settings']['model']}, dense {store['dense_test']:.2%}"
+        rows += [(name, f"{goal:g}", method, *_mean_cell(cells)) for (goal, method), cells in groups.items()]
+    places = list(dict.fromkeys(machines))
+    where = "Timed on: " + "; ".join([places[0], *(f"{place} (marked *)" for place in places[1:])])
+    marked = [(*row[:3], row[3] + ("" if row[7] == places[0] else " *"), *row[4:7]) for row in rows]
+    return f"{markdown_grid(HEADERS['accuracy'], marked)}\n\n{where}; ort-cpu, batch 1, 1 thread."
+
+
+def _mean_cell(cells: list[Any]) -> tuple[str, ...]:
+    """Times and MACs, the mean accuracy and those of the seeds, and where the times are of."""
+    times, macs, tests = ([cell[key] for cell in cells] for key in ("time", "macs", "test"))
+    missed = "" if all(cell["met"] for cell in cells) else ", missed"
+    spread = f"{min(times):.3f}-{max(times):.3f}" if len(times) > 1 else f"{times[0]:.3f}"
+    seeds = ", ".join(f"{test:.2%}" for test in tests)
+    mean = f"{sum(tests) / len(tests):.2%}"
+    return spread + missed, f"{sum(macs) / len(macs):.2f}", mean, seeds, cells[0]["timed_on"]
 
 
 def _memory(store: Any) -> list[tuple[str, ...]]:

@@ -30,6 +30,7 @@ from chipdeploy.training.recipes import recipe
 PROFILE, MEASURED = "profile.json", "latency.json"
 Project = Callable[[Floats, float], Mask]
 VIA_FLOPS = "flops"
+DRIFT = 0.1  # of the dense time: on a quiet machine it differs by some per cent from one day to the next
 
 
 @dataclass(frozen=True)
@@ -197,5 +198,20 @@ def latency_facts(meeting: Meeting, met: dict[str, Any]) -> dict[str, Any]:
         "threads": profile.setting.threads,
         "via": meeting.via,
         "profile_machine": profile.machine,
+        "profile_dense_ms": profile.dense_ms,
         "foreign": meeting.foreign,
     }
+
+
+def drift(facts: dict[str, Any]) -> str:
+    """How the dense time differs from the profile's of this very machine, in one line; empty where it does not.
+
+    facts: a result's `latency`.
+    """
+    before, now = facts.get("profile_dense_ms"), facts["dense_ms"]
+    if not before or facts["foreign"] or abs(now / before - 1) <= DRIFT:
+        return ""
+    return (
+        f"the dense network took {before:.3g} ms when it was profiled and takes {now:.3g} ms now: other work or "
+        "another clock changes times, and shares of them; when it is quiet, time both networks with 'chipdeploy bench'"
+    )

@@ -190,10 +190,13 @@ def prune_run(flags: dict[str, Any], config: Path | None, run: Path | None, runs
 def missed(result: dict[str, Any]) -> TargetError | None:
     """The error where the measured time is over the goal; a note where it is far below."""
     from chipdeploy.errors import TargetError
+    from chipdeploy.meeting import drift
 
     facts = result.get("latency")
     if not facts:
         return None
+    if changed := drift(facts):
+        note(f"note: {changed}")
     wanted, got = f"{facts['goal']:.3g} of the dense time", f"{facts['ratio']:.3g}"
     if not facts["met"]:
         return TargetError(

@@ -90,26 +90,26 @@ class Job:
         return Teacher(dense.eval(), weight, self.recipe.temperature) if weight else None
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """For the dense training and the finetune: SGD, with orthogonal steps where the recipe has a pace for them."""
+        """SGD, with orthogonal steps where the recipe has a pace for them."""
         rules = self.recipe
         if not rules.pace:
-            return self._sgd(model)
+            return torch.optim.SGD(
+                model.parameters(),
+                lr=rules.rate,
+                momentum=rules.momentum,
+                weight_decay=rules.weight_decay,
+                nesterov=True,
+            )
         return OrthogonalSGD(
             model, lr=rules.rate, pace=rules.pace, momentum=rules.momentum, weight_decay=rules.weight_decay
         )
 
     def soft_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """For the weights in the soft phase: plain SGD, or AdamW as published."""
+        """For the weights in the soft phase: the same as everywhere, or AdamW as published."""
         rules = self.recipe
         if not rules.soft_adam:
-            return self._sgd(model)
+            return self.optimizer(model)
         return torch.optim.AdamW(model.parameters(), lr=rules.soft_adam, weight_decay=rules.weight_decay)
-
-    def _sgd(self, model: nn.Module) -> torch.optim.Optimizer:
-        rules = self.recipe
-        return torch.optim.SGD(
-            model.parameters(), lr=rules.rate, momentum=rules.momentum, weight_decay=rules.weight_decay, nesterov=True
-        )
 
     def epoch(
         self,

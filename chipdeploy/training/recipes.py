@@ -13,7 +13,7 @@ from chipdeploy.errors import UsageError
 class Recipe:
     """How a network is trained. SGD with Nesterov momentum but for the soft phase of `paper`.
 
-    `pace`: of orthogonal steps in the dense training and the finetune, see `OrthogonalSGD`; 0 takes plain SGD.
+    `pace`: of orthogonal steps, see `OrthogonalSGD`; 0 takes plain SGD.
     `distill`: weight of the dense network's answers in the finetune's loss, at `temperature`.
     `joined`: one learning-rate curve over soft and finetune together, so that time in the soft phase also trains.
     """

@@ -5,10 +5,9 @@
 
 Methods: latency and flops (`--via`), tp-1, tp-8, tp-16 (Torch-Pruning's global group-L2 with `round_to`; of all its
 cuts the one with the most MACs whose measured time is within the goal, or where none is the fastest, which then stands
-for harder goals, too). All
-start from the same dense network, and train for the same number of epochs by the same recipe. What each network takes
-is measured once more at the end, in a process of its own. A cell that the output file holds already is not run again.
-Beside other jobs it times on a core of its own (`--quiet` of side_by_side.py).
+for harder goals, too). All start from the same dense network, and train for the same number of epochs by the same
+recipe. What each network takes is measured once more at the end, in a process of its own. A cell that the output file
+holds already is not run again. Beside other jobs it times on a core of its own (`--quiet` of side_by_side.py).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Recipe:
     soft_epochs: int = 3
     finetune_epochs: int = 8
     joined: bool = True
-    soft_adam: float = 0.0  # learning rate of AdamW in the soft phase; 0 takes SGD
+    soft_adam: float = 0.0  # learning rate of AdamW in the soft phase; 0 moves as elsewhere
     halve_every: int = 0  # epochs between two halvings of the rate; 0 takes the cosine
     schedule: Schedule = field(default_factory=Schedule)
 

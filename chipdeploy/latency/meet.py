@@ -14,7 +14,9 @@ from chipdeploy.latency.predict import LatencyCost
 from chipdeploy.latency.rig import Rig
 
 TOLERANCE = 0.03  # of the target, below it
+SURE = 2 / 3  # of the tolerance: the next process measures up to a percent beside this one
 TRIES = 10
+PATIENCE = 4  # tries, after which the whole tolerance is enough
 BISECTIONS = 12
 CLOSE = 0.003  # of the aim: no nearer plan is searched for
 FIRST_S, CONFIRM_S = 2.5, 6.0  # seconds of a measurement
@@ -88,32 +90,34 @@ def meet(
     """Search the budget's share at which the measured ratio lies in [(1 − tolerance) · goal, goal].
 
     After each measurement the predictor is scaled to meet it. A plan that passes is measured once more with engines of
-    its own; only what passes twice ends the search. Where nothing does, the slowest plan within the goal is taken, and
-    where there is none, the fastest.
+    its own; only what passes twice ends the search, at first only if it is not near the lower end. Where nothing does,
+    the slowest plan within the goal is taken, and where there is none, the fastest.
     """
-    aim, factor, openings = goal * (1 - tolerance / 2), 1.0, 1
+    middle = goal * (1 - tolerance * SURE / 2)
+    aim, factor, openings = middle, 1.0, 1
     seen: dict[bytes, Try] = {}
+    ratios: dict[bytes, float] = {}  # the last that was measured of each plan
     confirmed: list[tuple[Try, Comparison]] = []
-    for _ in range(tries):
+    for turn in range(tries):
         share, mask = _inverse(propose, partial(_predicted, rig, cost.scaled(factor)), aim, aim / factor)
         if mask.tobytes() in seen:
             # No other plan is predicted there: look a little beside it, where the last one missed.
-            last = seen[mask.tobytes()]
-            step = (1 + tolerance / 2) if last.ratio < goal * (1 - tolerance) else (1 - tolerance / 2)
-            aim *= step
+            aim *= (1 + tolerance / 2) if ratios[mask.tobytes()] < middle else (1 - tolerance / 2)
             continue
         found = _measured(rig, cost, share, mask, FIRST_S, openings)
         seen[mask.tobytes()] = found[0]
         if on_try:
             on_try(found[0])
         if _fits(found[0].ratio, goal, tolerance):
-            again = _confirmed(rig, cost, share, mask)
-            confirmed.append(again)
-            if _fits(again[0].ratio, goal, tolerance):
-                break
-            found, openings = again, OPENINGS  # one opening tells too little of this network
+            found = _confirmed(rig, cost, share, mask)
+            confirmed.append(found)
+            openings = OPENINGS  # one opening tells too little of this network
+        ratios[mask.tobytes()] = found[0].ratio
+        enough = tolerance if turn + 1 >= PATIENCE else tolerance * SURE
+        if any(_fits(one.ratio, goal, enough) for one, _ in confirmed):
+            break
         factor = found[0].ratio / max(found[0].predicted, 1e-9)
-        aim = goal * (1 - tolerance / 2)
+        aim = middle
     return _chosen(rig, cost, goal, tolerance, tuple(seen.values()), confirmed)
 
 
@@ -177,7 +181,7 @@ def _chosen(
 ) -> Met:
     passed = [one for one in confirmed if _fits(one[0].ratio, goal, tolerance)]
     if passed:
-        return _met(passed[-1], goal, tolerance, tries)
+        return _met(max(passed, key=lambda one: one[0].ratio), goal, tolerance, tries)
     under = sorted((one for one in tries if one.ratio <= goal), key=lambda one: -one.ratio)
     for candidate in under:  # the slowest that holds when it is measured again
         again = _confirmed(rig, cost, candidate.share, candidate.mask)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import numpy as np
 
 from chipdeploy.engines.base import open_engine
 from chipdeploy.engines.target import Target
-from chipdeploy.latency.measure import compare
+from chipdeploy.latency.timing import time_engines
 
-SECONDS = 2.0
+SECONDS, BLOCKS = 2.0, 30  # of a comparison, about and at least
 REFERENCE = "fp32"
 
 
@@ -56,17 +55,8 @@ def choose(
             "holds": drop <= max_drop + 1e-9,
         }
         if target is not reference:
-            engines = [open_engine(t, files[t]) for t in (reference, target, reference)]
-            watches = [engine.stopwatch(images) for engine in engines]
-            calls = watches if all(watches) else [partial(engine.run, images) for engine in engines]
-            measured = compare(
-                calls[0],  # type: ignore[arg-type]
-                calls[1],  # type: ignore[arg-type]
-                control=calls[2],
-                batch=batch,
-                seconds=seconds,
-                timed=all(watches),
-            )
+            dense, control, other = (open_engine(one, files[one]) for one in (reference, reference, target))
+            measured = time_engines(target, dense, control, [other], images, seconds=seconds, blocks=BLOCKS)[0]
             row |= {"ratio": measured.ratio, "ratio_interval": list(measured.ratio_interval), "noise": measured.noise}
         rows.append(row)
     # A speedup counts only where its whole interval lies below 1: otherwise fp32 stays.

@@ -20,7 +20,7 @@ PATIENCE = 4  # tries, after which the whole tolerance is enough
 BISECTIONS = 12
 CLOSE = 0.003  # of the aim: no nearer plan is searched for
 FIRST_S, CONFIRM_S = 2.5, 6.0  # seconds of a measurement
-OPENINGS = 3  # of a confirmation, and of all tries after one has failed: where engines lie in memory moves a ratio
+OPENINGS = 3  # of a confirmation, and of all tries after one has failed: each in a process of its own
 BLOCKS = 30
 
 Propose = Callable[[float], Mask]  # a budget's share ▶ the best plan under it, [channels]
@@ -89,9 +89,9 @@ def meet(
 ) -> Met:
     """Search the budget's share at which the measured ratio lies in [(1 − tolerance) · goal, goal].
 
-    After each measurement the predictor is scaled to meet it. A plan that passes is measured once more with engines of
-    its own; only what passes twice ends the search, at first only if it is not near the lower end. Where nothing does,
-    the slowest plan within the goal is taken, and where there is none, the fastest.
+    After each measurement the predictor is scaled to meet it. A plan that passes is measured once more in processes
+    of its own; only what passes twice ends the search, at first only if it is not near the lower end. Where nothing
+    does, the slowest plan within the goal is taken, and where there is none, the fastest.
     """
     middle = goal * (1 - tolerance * SURE / 2)
     aim, factor, openings = middle, 1.0, 1
@@ -132,13 +132,11 @@ def _predicted(rig: Rig, cost: LatencyCost, mask: Mask) -> float:
 def _measured(
     rig: Rig, cost: LatencyCost, share: float, mask: Mask, seconds: float, openings: int
 ) -> tuple[Try, Comparison]:
-    """Times of a cut; with several openings both networks' engines are opened anew for each."""
-    parts = []
-    for _ in range(openings):
-        if openings > 1:
-            rig.renew()
-        engine = rig.engine(mask)
-        parts.append(rig.time([engine], seconds=seconds / openings, blocks=BLOCKS)[0])
+    """Times of a cut; with several openings each is a measurement of its own."""
+    if openings > 1:
+        parts = rig.time_anew(mask, openings, seconds=seconds / openings, blocks=BLOCKS)
+    else:
+        parts = rig.time([rig.engine(mask)], seconds=seconds, blocks=BLOCKS)
         rig.forget()
     whole = joined(parts)
     return Try(share, _predicted(rig, cost, mask), whole.ratio, whole.ratio_interval, mask), whole

@@ -29,9 +29,11 @@ from chipdeploy.export.shrink import Shrinker
 from chipdeploy.graph.channels import ChannelGraph, Mask
 from chipdeploy.graph.plan import PrunePlan
 from chipdeploy.graph.surgery import hard_prune
-from chipdeploy.latency.gpu import GpuWatch, environment_of
+from chipdeploy.latency.apart import time_apart
+from chipdeploy.latency.gpu import environment_of
 from chipdeploy.latency.layers import layer_names, layer_seconds
-from chipdeploy.latency.measure import Comparison, compare_many
+from chipdeploy.latency.measure import Comparison
+from chipdeploy.latency.timing import time_engines
 
 AGREEMENT = 1e-3  # of the largest logit: between a cut ONNX file and the cut network
 CALIBRATION = 64  # random images for int8: a latency does not depend on what they show
@@ -140,26 +142,42 @@ class Rig:
         on_block: Callable[[int, int], None] | None = None,
     ) -> list[Comparison]:
         """Every engine against the dense network, in the same blocks; see `compare_many`."""
-        target = self.setting.target
-        watch = GpuWatch.open() if target.on_gpu else None
-        all_engines = (self.dense, self.control, *engines)
-        watches = [engine.stopwatch(self.images) for engine in all_engines]
-        timed = all(watches)
-        calls: list[Any] = watches if timed else [partial(engine.run, self.images) for engine in all_engines]
-        found = compare_many(
-            calls[0],
-            calls[2:],
-            control=calls[1],
-            batch=self.setting.batch,
-            min_blocks=blocks,
+        found = time_engines(
+            self.setting.target,
+            self.dense,
+            self.control,
+            engines,
+            self.images,
             seconds=seconds,
-            timed=timed,
+            blocks=blocks,
             on_block=on_block,
-            throttled=watch.throttled if watch else None,
         )
+        return self._described(found)
+
+    def time_anew(self, mask: Mask, openings: int, *, seconds: float, blocks: int) -> list[Comparison]:
+        """The network cut by a mask [channels] against the dense one, both opened anew for each of `openings`.
+
+        Each in a process of its own where engines come from files. A module of torch stays in this one.
+
+        Raises:
+            ExportError: the cut network cannot be exported. RunError: a process failed.
+        """
+        setting = self.setting
+        if not isinstance(self._dense, Path):
+            found = []
+            for _ in range(openings):
+                self.renew()
+                found += self.time([self.engine(mask)], seconds=seconds, blocks=blocks)
+            return found
+        pruned = self._finished(self._file(self._cut(mask), mask))
+        once = partial(time_apart, setting.target, self._dense, pruned, self.images, threads=setting.threads)
+        found = [once(seconds=seconds, blocks=blocks) for _ in range(openings)]
+        self.forget()
+        return self._described(found)
+
+    def _described(self, found: Sequence[Comparison]) -> list[Comparison]:
         own = self.describe()
-        facts = {**own, **found[0].environment, "machine": own["machine"]}
-        return [replace(one, environment=facts, target=target.name, on_device=timed) for one in found]
+        return [replace(one, environment={**own, **one.environment, "machine": own["machine"]}) for one in found]
 
     def describe(self) -> dict[str, Any]:
         """The machine and the engine, as JSON values."""

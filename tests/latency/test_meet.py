@@ -8,8 +8,11 @@ import pytest
 from chipdeploy.chipnet.costs import CostModel
 from chipdeploy.chipnet.project import Projector
 from chipdeploy.engines.target import Target
+from chipdeploy.errors import RunError
 from chipdeploy.graph.plan import group_widths
 from chipdeploy.graph.proof import random_mask
+from chipdeploy.latency.apart import time_apart
+from chipdeploy.latency.environment import environment
 from chipdeploy.latency.measure import Comparison
 from chipdeploy.latency.meet import OPENINGS, meet
 from chipdeploy.latency.predict import Sample, fit
@@ -30,9 +33,6 @@ class Device:
     def engine(self, mask):
         return mask
 
-    def renew(self):
-        pass
-
     def forget(self):
         pass
 
@@ -41,6 +41,9 @@ class Device:
         ratio = self.factor * self.ratio(group_widths(self.graph, mask)) * next(self.noise, 1.0)
         self.asked.append((mask.tobytes(), ratio))
         return [Comparison(1, ((1.0,),) * 4, ((ratio,),) * 4, ((1.0,),) * 4, {})]
+
+    def time_anew(self, mask, openings, **_):
+        return [found for _ in range(openings) for found in self.time([mask])]
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +151,36 @@ def test_a_real_rig_times_engines_that_give_what_the_cut_network_gives(tiny):
         assert {layer.name for layer in graph.layers} <= layers.keys()
         rig.forget()
         engine.run(rig.images)
+
+
+@pytest.mark.parametrize("name", ["ort-cpu", "torch-cpu-fp32"])
+def test_every_opening_of_a_real_rig_is_a_measurement_of_its_own(tiny, name):
+    model, graph = tiny
+    mask = random_mask(graph, 0, 0.0)
+    with Rig(model, graph, Setting(Target.parse(name), 2, (3, 16, 16))) as rig:
+        found = rig.time_anew(mask, 2, seconds=0.1, blocks=4)
+    assert len(found) == 2
+    for one in found:
+        assert (one.batch, one.target, len(one.dense_s)) == (2, rig.setting.target.name, len(one.pruned_s))
+        assert one.environment["machine"] == environment()["machine"]
+        assert one.environment["engine"]
+    assert found[0].pruned_s != found[1].pruned_s
+
+
+def test_a_process_that_cannot_time_says_why_in_one_line(tmp_path):
+    bad, images = tmp_path / "bad.onnx", np.zeros((1, 3, 8, 8), np.float32)
+    bad.write_bytes(b"nothing")
+    with pytest.raises(RunError, match=r"timing ort-cpu in a process of its own failed: .*bad\.onnx") as caught:
+        time_apart(
+            Target.parse("ort-cpu"),
+            tmp_path / "bad.onnx",
+            tmp_path / "bad.onnx",
+            images,
+            threads=1,
+            seconds=0.1,
+            blocks=4,
+        )
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("factor", [1.5, 1 / 1.5])

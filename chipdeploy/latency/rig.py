@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from chipdeploy.engines.base import Engine, Images, open_engine
 from chipdeploy.engines.build import BuildOptions, build_engine
 from chipdeploy.engines.cuda import this_gpu
 from chipdeploy.engines.target import Target
-from chipdeploy.errors import ExportError, MissingError, UsageError
+from chipdeploy.errors import ExportError, MissingError, RunError, UsageError
 from chipdeploy.export.memory import Footprint, footprint
 from chipdeploy.export.onnx import export_onnx
 from chipdeploy.export.precision import convert
@@ -157,20 +157,25 @@ class Rig:
     def time_anew(self, mask: Mask, openings: int, *, seconds: float, blocks: int) -> list[Comparison]:
         """The network cut by a mask [channels] against the dense one, both opened anew for each of `openings`.
 
-        Each in a process of its own where engines come from files. A module of torch stays in this one.
+        Each in a process of its own where engines come from files. A module of torch stays in this one, and so does
+        what a second process cannot open, such as an engine on a GPU that is lent to one process only.
 
         Raises:
-            ExportError: the cut network cannot be exported. RunError: a process failed.
+            ExportError: the cut network cannot be exported.
         """
-        setting = self.setting
-        if not isinstance(self._dense, Path):
-            found = []
-            for _ in range(openings):
-                self.renew()
-                found += self.time([self.engine(mask)], seconds=seconds, blocks=blocks)
-            return found
-        pruned = self._finished(self._file(self._cut(mask), mask))
-        once = partial(time_apart, setting.target, self._dense, pruned, self.images, threads=setting.threads)
+        if isinstance(self._dense, Path):
+            with suppress(RunError):
+                return self._timed_apart(self._dense, mask, openings, seconds, blocks)
+        found = []
+        for _ in range(openings):
+            self.renew()
+            found += self.time([self.engine(mask)], seconds=seconds, blocks=blocks)
+            self.forget()
+        return found
+
+    def _timed_apart(self, dense: Path, mask: Mask, openings: int, seconds: float, blocks: int) -> list[Comparison]:
+        pruned, setting = self._finished(self._file(self._cut(mask), mask)), self.setting
+        once = partial(time_apart, setting.target, dense, pruned, self.images, threads=setting.threads)
         found = [once(seconds=seconds, blocks=blocks) for _ in range(openings)]
         self.forget()
         return self._described(found)

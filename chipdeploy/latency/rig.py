@@ -158,7 +158,8 @@ class Rig:
         """The network cut by a mask [channels] against the dense one, both opened anew for each of `openings`.
 
         Each in a process of its own where engines come from files. A module of torch stays in this one, and so does
-        what a second process cannot open, such as an engine on a GPU that is lent to one process only.
+        what a second process cannot open, such as an engine on a GPU that is lent to one process only; `own_process` in
+        the environment says which.
 
         Raises:
             ExportError: the cut network cannot be exported.
@@ -178,11 +179,12 @@ class Rig:
         once = partial(time_apart, setting.target, dense, pruned, self.images, threads=setting.threads)
         found = [once(seconds=seconds, blocks=blocks) for _ in range(openings)]
         self.forget()
-        return self._described(found)
+        return self._described(found, own_process=True)
 
-    def _described(self, found: Sequence[Comparison]) -> list[Comparison]:
+    def _described(self, found: Sequence[Comparison], *, own_process: bool = False) -> list[Comparison]:
         own = self.describe()
-        return [replace(one, environment={**own, **one.environment, "machine": own["machine"]}) for one in found]
+        last = {"machine": own["machine"], "own_process": own_process}
+        return [replace(one, environment={**own, **one.environment, **last}) for one in found]
 
     def describe(self) -> dict[str, Any]:
         """The machine and the engine, as JSON values."""

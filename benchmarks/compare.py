@@ -71,7 +71,7 @@ def main() -> None:
     base, job, dense = start(options)
     with tempfile.TemporaryDirectory() as work:
         for keep in map(float, options.keeps.split(",")):
-            for cell in missing(options, {"keep": keep}):
+            for cell in missing(options, {"keep": keep}, job.recipe.pace_after(keep)):
                 config = base.model_copy(update={"keep": keep, "seed": cell["seed"]})
                 one = Job(config, job.data, job.recipe, job.device)
                 files = options.untimed or Path(work)
@@ -99,7 +99,8 @@ def start(options: argparse.Namespace) -> tuple[PruneConfig, Job, Path]:
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     job = prepare(base)
-    job = replace(job, recipe=replace(job.recipe, pace=options.pace))
+    if options.pace is not None:
+        job = replace(job, recipe=of_one_pace(job.recipe, options.pace))
     dense = Path(base.weights) if base.weights else train_dense(job, options.out.parent / "dense", Silent())
     if not options.out.is_file():
         accuracy = evaluate(dense_network(job, dense), job.data.test, job.device)
@@ -107,9 +108,14 @@ def start(options: argparse.Namespace) -> tuple[PruneConfig, Job, Path]:
     return base, job, dense
 
 
-def missing(options: argparse.Namespace, goal: dict[str, float]) -> Iterator[dict[str, Any]]:
+def of_one_pace(rules: Recipe, pace: float) -> Recipe:
+    """The recipe with one pace for fresh weights and for any cut."""
+    return replace(rules, pace=pace, cut_pace=float("inf"))
+
+
+def missing(options: argparse.Namespace, goal: dict[str, float], pace: float) -> Iterator[dict[str, Any]]:
     """The cells of one goal that the results file does not hold; it is looked at before each."""
-    recipe_of = {"lr": options.lr, "distill": options.distill, "pace": options.pace}
+    recipe_of = {"lr": options.lr, "distill": options.distill, "pace": pace}
     for seed in map(int, options.seeds.split(",")):
         for method in options.methods.split(","):
             cell = {"method": method, **goal, "seed": seed, **recipe_of}
@@ -167,7 +173,7 @@ def add_options(
     parser.add_argument("--threads", type=int, default=threads)
     parser.add_argument("--lr", type=float, help="peak learning rate, where it is not the recipe's")
     parser.add_argument("--distill", type=float, help="weight of the teacher, likewise")
-    parser.add_argument("--pace", type=float, default=Recipe.pace, help="of orthogonal steps; 0 takes plain SGD")
+    parser.add_argument("--pace", type=float, help="of orthogonal steps, if not the recipe's; 0 takes plain SGD")
     parser.add_argument("--device", default="cpu")
     numbers = lambda text: tuple(map(float, text.split(",")))  # noqa: E731
     parser.add_argument("--mean", type=numbers)
@@ -207,7 +213,7 @@ def _run(cell: dict[str, Any], job: Job, dense: Path, files: Path, options: argp
             epochs = options.scratch_epochs or options.dense_epochs + options.total
         teacher = None if method == "scratch" else job.teacher(dense_network(job, dense))
         saved = files / f"{_file_name(cell)}.partial" if method == "scratch" else None
-        finetune(job, small, epochs, teacher, saved=saved)
+        finetune(job, small, epochs, teacher, keep=None if method == "scratch" else config.keep, saved=saved)
         facts["epochs"] = epochs
     seconds = time.monotonic() - started
     facts |= _count(model, small, job) | {"seconds": round(seconds), "machine": machine(job)}
@@ -230,12 +236,15 @@ def export(job: Job, network: nn.Module, path: Path) -> Path:
     return path
 
 
-def finetune(job: Job, model: nn.Module, epochs: int, teacher: Teacher | None, *, saved: Path | None = None) -> None:
+def finetune(
+    job: Job, model: nn.Module, epochs: int, teacher: Teacher | None, *, keep: float | None, saved: Path | None = None
+) -> None:
     """The default recipe's own finetune, from its first step to its last.
 
+    keep: share of the cost that was kept; None if the weights are fresh.
     saved: a checkpoint, written after every epoch and found again: for a training of hours.
     """
-    optimizer, total, first = job.optimizer(model), epochs * job.steps, 0
+    optimizer, total, first = job.optimizer(model, keep), epochs * job.steps, 0
     if saved and saved.is_file():
         tensors, facts = checkpoint.load(saved)
         if facts["total"] != epochs:

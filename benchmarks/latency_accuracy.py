@@ -71,7 +71,7 @@ def main() -> None:
     base = base.model_copy(update={"on": options.on})
     with tempfile.TemporaryDirectory() as work:
         for goal in map(float, options.goals.split(",")):
-            for cell in missing(options, {"goal": goal}):
+            for cell in missing(options, {"goal": goal}, job.recipe.pace_after(goal)):
                 via = cell["method"] if cell["method"] in ("latency", "flops") else "latency"
                 values = base.model_dump() | {"kind": "latency", "align": "auto", "via": via, "latency": goal}
                 config = PruneConfig(**values | {"seed": cell["seed"]})
@@ -106,9 +106,11 @@ def _run(method: str, job: Job, dense: Path, options: argparse.Namespace, work: 
     model = dense_network(job, dense)
     graph = trace(model, job.example)
     if method.startswith("tp-"):
+        assert isinstance(job.config, PruneConfig)
         small, facts = _torch_pruning(job, model, graph, int(method[3:]), options, work)
         renew_norms(small, job.data.train, batch=job.batch, device=job.device)
-        finetune(job, small, options.total, job.teacher(dense_network(job, dense)))
+        teacher = job.teacher(dense_network(job, dense))
+        finetune(job, small, options.total, teacher, keep=job.config.latency)
     else:
         small, facts = _chipnet(job, dense, graph, options, work)
     facts |= {"test": evaluate(small, job.data.test, job.device), "macs": macs(small, job) / macs(model, job)}

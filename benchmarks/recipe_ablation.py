@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from compare import append
+from compare import append, of_one_pace
 from make_fashion_mini import TRAIN_PER_CLASS, first_of_each_class
 
 from chipdeploy.chipnet.schedule import Schedule
@@ -47,7 +47,7 @@ def main() -> None:
         for text in (
             options.dense_epochs,
             options.dense_paces,
-            options.paces,
+            options.paces or str(Recipe().pace_after(options.keep)),
             options.rates,
             options.weights,
             options.softs,
@@ -59,7 +59,7 @@ def main() -> None:
         write_json(options.out, {"schema": 1, "environment": environment(), "cells": []})
     for dense_epochs, dense_pace in product(map(int, epochs), dense_paces):
         job = prepare(PruneConfig(device="cpu", keep=options.keep, train_epochs=dense_epochs))
-        job = replace(job, recipe=replace(job.recipe, pace=dense_pace))
+        job = replace(job, recipe=of_one_pace(job.recipe, dense_pace))
         unseen = _unseen(job, options.data_root)
         dense = train_dense(job, options.out.parent / "dense", Silent())
         model = job.model()
@@ -86,7 +86,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--total", type=int, default=11, help="epochs of soft pruning and finetune together")
     parser.add_argument("--dense-epochs", default=EPOCHS)
     parser.add_argument("--dense-paces", default=str(Recipe.pace), help="of orthogonal steps; 0 takes plain SGD")
-    parser.add_argument("--paces", default=str(Recipe.pace), help="likewise, in the finetune")
+    parser.add_argument("--paces", help="likewise, after the cut, if not the recipe's")
     parser.add_argument("--rates", default=RATES)
     parser.add_argument("--weights", default=WEIGHTS, help="of the teacher")
     parser.add_argument("--seeds", default="0")
@@ -112,7 +112,7 @@ def _pruned(job: Job, cell: dict[str, float], dense: Path, unseen: MemorySplit) 
     lengths = {"soft_epochs": cell["soft"], "finetune_epochs": cell["total"] - cell["soft"]}
     config = job.config.model_copy(update=same | lengths)
     schedule = replace(job.recipe.schedule, value_power=cell["value_power"])
-    rules = replace(job.recipe, schedule=schedule, pace=cell["pace"])
+    rules = replace(of_one_pace(job.recipe, cell["pace"]), schedule=schedule)
     one = Job(config, job.data, rules, job.device)
     with tempfile.TemporaryDirectory() as work:
         run = Run.create(Path(work), "prune", config.model_dump())

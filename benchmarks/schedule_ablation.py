@@ -134,7 +134,7 @@ def _uniform(cell: Cell, job: Job, dense: Path) -> Cell:
     renew_norms(small, job.data.train, batch=job.batch, device=job.device)
     assert isinstance(job.config, PruneConfig)
     epochs = (job.config.soft_epochs or 0) + (job.config.finetune_epochs or 0)
-    finetune(job, small, epochs, job.teacher(dense_network(job, dense)))
+    finetune(job, small, epochs, job.teacher(dense_network(job, dense)), keep=cell["keep"])
     return {"unseen": evaluate(small, job.data.test, job.device)}
 
 

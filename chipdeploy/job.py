@@ -89,10 +89,14 @@ class Job:
             weight = self.recipe.distill if learnt else 0.0
         return Teacher(dense.eval(), weight, self.recipe.temperature) if weight else None
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """SGD, with orthogonal steps where the recipe has a pace for them."""
+    def optimizer(self, model: nn.Module, keep: float | None = None) -> torch.optim.Optimizer:
+        """SGD, with orthogonal steps where the recipe has a pace for them.
+
+        keep: share of its cost to which a trained network is cut; None if the weights are fresh.
+        """
         rules = self.recipe
-        if not rules.pace:
+        pace = rules.pace if keep is None else rules.pace_after(keep)
+        if not pace:
             return torch.optim.SGD(
                 model.parameters(),
                 lr=rules.rate,
@@ -100,15 +104,13 @@ class Job:
                 weight_decay=rules.weight_decay,
                 nesterov=True,
             )
-        return OrthogonalSGD(
-            model, lr=rules.rate, pace=rules.pace, momentum=rules.momentum, weight_decay=rules.weight_decay
-        )
+        return OrthogonalSGD(model, lr=rules.rate, pace=pace, momentum=rules.momentum, weight_decay=rules.weight_decay)
 
-    def soft_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """For the weights in the soft phase: the same as everywhere, or AdamW as published."""
+    def soft_optimizer(self, model: nn.Module, keep: float) -> torch.optim.Optimizer:
+        """For the weights in the soft phase: the same as in the finetune, or AdamW as published."""
         rules = self.recipe
         if not rules.soft_adam:
-            return self.optimizer(model)
+            return self.optimizer(model, keep)
         return torch.optim.AdamW(model.parameters(), lr=rules.soft_adam, weight_decay=rules.weight_decay)
 
     def epoch(

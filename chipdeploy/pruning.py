@@ -66,7 +66,7 @@ class Pruning:
             schedule=job.recipe.schedule,
             cost=self.meeting.profile.cost if self.meeting and budget.kind == LATENCY else None,
         )
-        optimizer = job.soft_optimizer(model)
+        optimizer = job.soft_optimizer(model, self._keep)
         self._resume("soft", {"chip": chip, "optimizer": optimizer, "logits": chip.optimizer})
         done = sum(row["phase"] == "soft" for row in self.rows)
         self.watcher.phase("soft pruning", self.soft_epochs - done, job.soft_steps)
@@ -84,6 +84,11 @@ class Pruning:
         small = hard_prune(self.dense, chip.graph, plan)
         small.load_state_dict(self.best_state)
         return chip.graph, plan, small
+
+    @property
+    def _keep(self) -> float:
+        """The share that stays of what the budget counts, or of the time."""
+        return self.meeting.share if self.meeting and self.meeting.goal else self.config.keep
 
     def _budget(self, model: nn.Module) -> tuple[Budget, int]:
         """What the soft phase keeps to, and the channels by which widths go."""
@@ -164,7 +169,7 @@ class Pruning:
         """Train the cut network; its weights are those of the best epoch on the validation images."""
         job = self.job
         small = small.to(memory_format=torch.channels_last)
-        optimizer, teacher = job.optimizer(small), job.teacher(self.dense)
+        optimizer, teacher = job.optimizer(small, self._keep), job.teacher(self.dense)
         self._resume("finetune", {"model": small, "optimizer": optimizer})
         done = sum(row["phase"] == "finetune" for row in self.rows)
         self.watcher.phase("finetune", self.finetune_epochs - done, job.steps)

@@ -20,6 +20,7 @@ from chipdeploy.pipeline import check_budget, prune
 from chipdeploy.result import load
 from chipdeploy.run import Run
 from chipdeploy.training.loop import Silent
+from chipdeploy.training.orthogonal import OrthogonalSGD
 from chipdeploy.training.weights import load_weights, save_weights
 
 NET = """
@@ -416,6 +417,20 @@ def test_a_dense_network_teaches_what_it_has_learnt(configure, changed, weight):
     teacher = job.teacher(job.model())
     assert (teacher and teacher.weight) == weight
     assert teacher is None or not teacher.network.training
+
+
+def test_a_trained_network_is_moved_by_smaller_steps_than_a_fresh_one(configure, go, monkeypatch):
+    paces = []
+
+    def noted(*given, **rest):
+        paces.append(rest["pace"])
+        return OrthogonalSGD(*given, **rest)
+
+    monkeypatch.setattr("chipdeploy.job.OrthogonalSGD", noted)
+    config = configure(keep=0.5)
+    go(config)
+    rules = prepare(config).recipe
+    assert paces == [rules.pace, rules.pace_after(0.5), rules.pace_after(0.5)]  # dense, soft, finetune
 
 
 def test_a_taught_finetune_goes_on_to_the_same_weights(configure, go, folder):

@@ -13,7 +13,7 @@ from chipdeploy.errors import UsageError
 class Recipe:
     """How a network is trained. SGD with Nesterov momentum but for the soft phase of `paper`.
 
-    `pace`: of orthogonal steps, see `OrthogonalSGD`; 0 takes plain SGD.
+    `pace`: of orthogonal steps, see `OrthogonalSGD`; 0 takes plain SGD. `cut_pace`: see `pace_after`.
     `distill`: weight of the dense network's answers in the finetune's loss, at `temperature`.
     `joined`: one learning-rate curve over soft and finetune together, so that time in the soft phase also trains.
     """
@@ -22,6 +22,7 @@ class Recipe:
     soft_batch: int = 64
     rate: float = 0.05
     pace: float = 0.3
+    cut_pace: float = 0.06
     distill: float = 0.7
     temperature: float = 4.0
     momentum: float = 0.9
@@ -41,6 +42,14 @@ class Recipe:
             return 0.5 ** (epoch // self.halve_every)
         rise = min(1.0, (progress + 1e-3) / self.warmup) if self.warmup else 1.0
         return rise * 0.5 * (1 + cos(pi * progress))
+
+    def pace_after(self, keep: float) -> float:
+        """The pace by which a trained network is cut to a share of its cost, and finetuned.
+
+        What was cut away must be learnt anew, what is left must not be lost: the less stays, the larger the steps, up
+        to those of a training from fresh weights.
+        """
+        return min(self.pace, self.cut_pace / keep)
 
 
 RECIPES: dict[str, Recipe] = {

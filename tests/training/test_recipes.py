@@ -23,6 +23,13 @@ def test_paper_rate_halves_every_thirty_epochs():
     assert not rules.joined
 
 
+def test_the_less_is_kept_the_larger_the_steps_up_to_those_of_fresh_weights():
+    rules = recipe("default")
+    paces = [rules.pace_after(keep) for keep in (0.6, 0.5, 0.3, 0.15, 0.05)]
+    assert paces == pytest.approx([0.1, 0.12, 0.2, 0.3, 0.3])
+    assert recipe("paper").pace_after(0.3) == 0  # plain SGD
+
+
 def test_unknown_recipe_is_refused_with_the_known_ones():
     with pytest.raises(UsageError, match=", ".join(RECIPES)):
         recipe("fastest")

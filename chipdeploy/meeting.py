@@ -54,6 +54,11 @@ class Meeting:
         assert self.goal
         return self.goal.share(self.profile.dense_ms, self.profile.setting.batch)
 
+    @property
+    def ms(self) -> float | None:
+        """The goal, where it is in milliseconds or images a second."""
+        return self.goal.ms(self.profile.setting.batch) if self.goal else None
+
     def budget(self, projector: Projector) -> Budget:
         """What the soft phase keeps to: the latency itself, or the FLOPs that are predicted to give it."""
         if self.via != VIA_FLOPS:
@@ -74,7 +79,7 @@ class Meeting:
             return project(scores, min(0.9999, max(keep, smallest)))
 
         with Rig(model, chip.graph, self.profile.setting) as rig:
-            return meet(rig, cost, propose, self.share, on_try=on_try)
+            return meet(rig, cost, propose, self.share, ms=self.ms, on_try=on_try)
 
     def text(self) -> str:
         """One line: the goal, in ms and as a share, and where."""

@@ -14,7 +14,7 @@ from chipdeploy.chipnet.costs import UNITS, CostModel
 from chipdeploy.chipnet.soft import Budget
 from chipdeploy.config import PruneConfig
 from chipdeploy.copying import copied
-from chipdeploy.errors import ModelError
+from chipdeploy.errors import ModelError, UsageError
 from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.loud import randomize
 from chipdeploy.graph.proof import evaluating
@@ -60,6 +60,7 @@ def check_budget(
     size = _check_size(config, model, graph)
     meeting = arrange(config, model, graph, folder=profiles, run=run, on_round=on_round, tell=tell)
     if meeting and meeting.goal:
+        _check_clock(meeting, run)
         return f"take at most {meeting.text()}{size}", meeting
     budget = Budget(config.kind, config.keep)
     cost = CostModel.of(graph, budget.cost)
@@ -67,6 +68,19 @@ def check_budget(
     unit = UNITS[budget.cost]
     text = f"keep at most {config.keep:.4g} of the {unit}: {config.keep * cost.dense:,.0f} of {cost.dense:,.0f}"
     return text + size, meeting
+
+
+def _check_clock(meeting: Meeting, run: Path | None) -> None:
+    """Raises UsageError where milliseconds are asked for, and another machine's are all that is known.
+
+    A run that was begun has its plan's budget already, and meets the goal by what is measured where it ends.
+    """
+    begun = run is not None and (run / PROFILE).is_file()
+    if meeting.ms and meeting.foreign and not begun:
+        raise UsageError(
+            f"--latency-ms and --fps need a profile of this machine as it is, got another ({meeting.foreign}); leave "
+            "--profile out to measure here, or give a share by --latency"
+        )
 
 
 def _check_size(config: PruneConfig, model: nn.Module, graph: ChannelGraph) -> str:

@@ -75,13 +75,10 @@ class Run:
             stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
             path = root / f"{stamp}-{command}-{secrets.token_hex(2)}"
         run = cls(path, root)
-        if (path / MANIFEST).is_file():
-            run._resume(command, config)
+        if run.begun(command, config):
             if not run.finished:
                 run._check_root()
             return run
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunError(f"{path} exists and is no chipdeploy run; choose an empty or new folder with --run")
         existed = path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -116,6 +113,19 @@ class Run:
         except (OSError, UnicodeDecodeError) as error:
             raise RunError(f"{pointer} cannot be read: {error}; give --run DIR") from error
         return cls.open(root / name)  # an absolute path where the run lies elsewhere
+
+    def begun(self, command: str, config: Mapping[str, Any]) -> bool:
+        """Whether its folder holds a run of these settings; nothing is written.
+
+        Raises:
+            RunError: it holds something else, or a run of another command or other settings.
+        """
+        if (self.path / MANIFEST).is_file():
+            self._check_same(command, config)
+            return True
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunError(f"{self.path} exists and is no chipdeploy run; choose an empty or new folder with --run")
+        return False
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -223,7 +233,7 @@ class Run:
         except OSError as error:
             raise unwritable(path, error) from error
 
-    def _resume(self, command: str, config: Mapping[str, Any]) -> None:
+    def _check_same(self, command: str, config: Mapping[str, Any]) -> None:
         manifest, before = self.manifest, self.config
         if manifest["command"] != command:
             raise RunError(f"{self.path} was made by '{manifest['command']}'; choose another folder for '{command}'")

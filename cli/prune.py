@@ -170,6 +170,8 @@ def prune_run(flags: dict[str, Any], config: Path | None, run: Path | None, runs
 
     from .progress import rounds, watching
 
+    if run:  # said before anything is traced, proved or measured
+        Run(run).begun("prune", checked.model_dump())
     job = prepare(checked)
     with rounds() as on_round:
         text, meeting = check_budget(checked, job, profiles=runs / FOLDER, run=run, on_round=on_round, tell=note)
@@ -197,7 +199,10 @@ def missed(result: dict[str, Any]) -> TargetError | None:
         return None
     if changed := drift(facts):
         note(f"note: {changed}")
-    wanted, got = f"{facts['goal']:.3g} of the dense time", f"{facts['ratio']:.3g}"
+    if facts.get("goal_ms"):
+        wanted, got = (f"{facts[key]:.3g} ms" for key in ("goal_ms", "pruned_ms"))
+    else:
+        wanted, got = f"{facts['goal']:.3g} of the dense time", f"{facts['ratio']:.3g}"
     if not facts["met"]:
         return TargetError(
             f"the latency was missed: {wanted} was asked for, {got} was measured; the nearest plan was kept, "

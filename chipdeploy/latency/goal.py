@@ -42,6 +42,10 @@ class Goal:
             raise UsageError(f"one goal at a time, got {' and '.join(WORDS[kind] for kind in given)}; keep one of them")
         return cls(*next(iter(given.items()))) if given else None
 
+    def ms(self, batch: int) -> float | None:
+        """Milliseconds of an inference of `batch` images; None for a share of the dense time, which they depend on."""
+        return {"ratio": None, "ms": self.value, "fps": batch * 1e3 / self.value}[self.kind]
+
     def share(self, dense_ms: float, batch: int) -> float:
         """The goal as a share of the dense time.
 
@@ -51,7 +55,7 @@ class Goal:
         Raises:
             UsageError: the dense network is fast enough already.
         """
-        ms = {"ratio": self.value * dense_ms, "ms": self.value, "fps": batch * 1e3 / self.value}[self.kind]
+        ms = self.ms(batch) or self.value * dense_ms
         share = ms / dense_ms
         if share >= 1:
             raise UsageError(

@@ -34,6 +34,7 @@ class Try:
     share: float  # of the budget
     predicted: float  # ratio to the dense time, before any correction
     ratio: float
+    over: float  # time over the time that is asked for
     interval: tuple[float, float]
     mask: Mask = field(repr=False, compare=False)
 
@@ -51,12 +52,15 @@ class Met:
     """The plan that was chosen.
 
     Args:
-        met: its measured ratio is at most the goal; `near`: and at least 97 % of it.
+        goal: as a share of the dense time, as it was when the plan was confirmed.
+        ms: the goal, where it was asked for in milliseconds.
+        met: the measured time is at most the goal; `near`: and at least 97 % of it.
         comparison: of the confirming measurement, with engines of its own.
     """
 
     mask: Mask
     goal: float
+    ms: float | None
     met: bool
     near: bool
     comparison: Comparison
@@ -66,6 +70,7 @@ class Met:
         """JSON values, the raw times of the confirmation among them."""
         return {
             "goal": self.goal,
+            "goal_ms": self.ms,
             "met": self.met,
             "near": self.near,
             "ratio": self.comparison.ratio,
@@ -77,52 +82,76 @@ class Met:
         }
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The time that is asked for.
+
+    Args:
+        share: of the dense time, by the dense time of the profile if `ms` is given.
+        ms: milliseconds of an inference of the whole batch. The device may be slower or faster than it was when it was
+            profiled, so then milliseconds are what is judged.
+    """
+
+    share: float
+    ms: float | None = None
+    tolerance: float = TOLERANCE
+
+    def over(self, found: Comparison) -> float:
+        """A measured time over what is asked for."""
+        return found.pruned_ms / self.ms if self.ms else found.ratio / self.share
+
+    def fits(self, over: float, tolerance: float | None = None) -> bool:
+        return 1 - (tolerance or self.tolerance) <= over <= 1
+
+
 def meet(
     rig: Rig,
     cost: LatencyCost,
     propose: Propose,
     goal: float,
     *,
+    ms: float | None = None,
     tolerance: float = TOLERANCE,
     tries: int = TRIES,
     on_try: OnTry | None = None,
 ) -> Met:
-    """Search the budget's share at which the measured ratio lies in [(1 − tolerance) · goal, goal].
+    """Search the budget's share at which the measured time lies in [(1 − tolerance) · goal, goal].
 
     After each measurement the predictor is scaled to meet it. A plan that passes is measured once more in processes
     of its own; only what passes twice ends the search, at first only if it is not near the lower end. Where nothing
     does, the slowest plan within the goal is taken, and where there is none, the fastest.
+
+    Args:
+        goal: share of the dense time, in (0, 1).
+        ms: the goal in milliseconds, where that was asked for; see `Asked`.
     """
+    asked = Asked(goal, ms, tolerance)
     middle = goal * (1 - tolerance * SURE / 2)
     aim, factor, openings = middle, 1.0, 1
     seen: dict[bytes, Try] = {}
-    ratios: dict[bytes, float] = {}  # the last that was measured of each plan
+    last: dict[bytes, float] = {}  # measurement of each plan, over what is asked for
     confirmed: list[tuple[Try, Comparison]] = []
     for turn in range(tries):
         share, mask = _inverse(propose, partial(_predicted, rig, cost.scaled(factor)), aim, aim / factor)
         if mask.tobytes() in seen:
             # No other plan is predicted there: look a little beside it, where the last one missed.
-            aim *= (1 + tolerance / 2) if ratios[mask.tobytes()] < middle else (1 - tolerance / 2)
+            aim *= (1 + tolerance / 2) if last[mask.tobytes()] * goal < middle else (1 - tolerance / 2)
             continue
-        found = _measured(rig, cost, share, mask, FIRST_S, openings)
+        found = _measured(rig, cost, asked, share, mask, FIRST_S, openings)
         seen[mask.tobytes()] = found[0]
         if on_try:
             on_try(found[0])
-        if _fits(found[0].ratio, goal, tolerance):
-            found = _confirmed(rig, cost, share, mask)
+        if asked.fits(found[0].over):
+            found = _confirmed(rig, cost, asked, share, mask)
             confirmed.append(found)
             openings = OPENINGS  # one opening tells too little of this network
-        ratios[mask.tobytes()] = found[0].ratio
+        last[mask.tobytes()] = found[0].over
         enough = tolerance if turn + 1 >= PATIENCE else tolerance * SURE
-        if any(_fits(one.ratio, goal, enough) for one, _ in confirmed):
+        if any(asked.fits(one.over, enough) for one, _ in confirmed):
             break
-        factor = found[0].ratio / max(found[0].predicted, 1e-9)
+        factor = found[0].over * goal / max(found[0].predicted, 1e-9)
         aim = middle
-    return _chosen(rig, cost, goal, tolerance, tuple(seen.values()), confirmed)
-
-
-def _fits(ratio: float, goal: float, tolerance: float) -> bool:
-    return goal * (1 - tolerance) <= ratio <= goal
+    return _chosen(rig, cost, asked, tuple(seen.values()), confirmed)
 
 
 def _predicted(rig: Rig, cost: LatencyCost, mask: Mask) -> float:
@@ -130,7 +159,7 @@ def _predicted(rig: Rig, cost: LatencyCost, mask: Mask) -> float:
 
 
 def _measured(
-    rig: Rig, cost: LatencyCost, share: float, mask: Mask, seconds: float, openings: int
+    rig: Rig, cost: LatencyCost, asked: Asked, share: float, mask: Mask, seconds: float, openings: int
 ) -> tuple[Try, Comparison]:
     """Times of a cut; with several openings each is a measurement of its own."""
     if openings > 1:
@@ -139,11 +168,12 @@ def _measured(
         parts = rig.time([rig.engine(mask)], seconds=seconds, blocks=BLOCKS)
         rig.forget()
     whole = joined(parts)
-    return Try(share, _predicted(rig, cost, mask), whole.ratio, whole.ratio_interval, mask), whole
+    predicted, over = _predicted(rig, cost, mask), asked.over(whole)
+    return Try(share, predicted, whole.ratio, over, whole.ratio_interval, mask), whole
 
 
-def _confirmed(rig: Rig, cost: LatencyCost, share: float, mask: Mask) -> tuple[Try, Comparison]:
-    return _measured(rig, cost, share, mask, CONFIRM_S, OPENINGS)
+def _confirmed(rig: Rig, cost: LatencyCost, asked: Asked, share: float, mask: Mask) -> tuple[Try, Comparison]:
+    return _measured(rig, cost, asked, share, mask, CONFIRM_S, OPENINGS)
 
 
 def _inverse(propose: Propose, predicted: Callable[[Mask], float], aim: float, start: float) -> tuple[float, Mask]:
@@ -172,24 +202,23 @@ def _inverse(propose: Propose, predicted: Callable[[Mask], float], aim: float, s
 def _chosen(
     rig: Rig,
     cost: LatencyCost,
-    goal: float,
-    tolerance: float,
+    asked: Asked,
     tries: tuple[Try, ...],
     confirmed: list[tuple[Try, Comparison]],
 ) -> Met:
-    passed = [one for one in confirmed if _fits(one[0].ratio, goal, tolerance)]
+    passed = [one for one in confirmed if asked.fits(one[0].over)]
     if passed:
-        return _met(max(passed, key=lambda one: one[0].ratio), goal, tolerance, tries)
-    under = sorted((one for one in tries if one.ratio <= goal), key=lambda one: -one.ratio)
+        return _met(max(passed, key=lambda one: one[0].over), asked, tries)
+    under = sorted((one for one in tries if one.over <= 1), key=lambda one: -one.over)
     for candidate in under:  # the slowest that holds when it is measured again
-        again = _confirmed(rig, cost, candidate.share, candidate.mask)
-        if again[0].ratio <= goal:
-            return _met(again, goal, tolerance, tries)
-    fastest = min(tries, key=lambda one: one.ratio)
-    return _met(_confirmed(rig, cost, fastest.share, fastest.mask), goal, tolerance, tries)
+        again = _confirmed(rig, cost, asked, candidate.share, candidate.mask)
+        if again[0].over <= 1:
+            return _met(again, asked, tries)
+    fastest = min(tries, key=lambda one: one.over)
+    return _met(_confirmed(rig, cost, asked, fastest.share, fastest.mask), asked, tries)
 
 
-def _met(found: tuple[Try, Comparison], goal: float, tolerance: float, tries: tuple[Try, ...]) -> Met:
+def _met(found: tuple[Try, Comparison], asked: Asked, tries: tuple[Try, ...]) -> Met:
     one, comparison = found
-    within = one.ratio <= goal
-    return Met(one.mask, goal, within, within and one.ratio >= goal * (1 - tolerance), comparison, tries)
+    goal = asked.ms / comparison.dense_ms if asked.ms else asked.share
+    return Met(one.mask, goal, asked.ms, one.over <= 1, asked.fits(one.over), comparison, tries)

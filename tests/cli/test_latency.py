@@ -220,6 +220,42 @@ def test_a_goal_is_met_by_measuring_and_a_finished_run_stays(call, profile, smal
     assert (run / "plan.json").read_bytes() == before
 
 
+def test_milliseconds_are_judged_by_milliseconds(call, profile, small_data, tmp_path):
+    asked = 0.7 * LatencyProfile.load(profile).dense_ms
+    arguments = (
+        "--latency-ms",
+        asked,
+        "--data",
+        small_data,
+        *SHORT,
+        "--profile",
+        profile,
+        "--runs",
+        tmp_path,
+        "--json",
+    )
+    done = call("prune", "resnet20", *arguments)
+    facts = done.json["latency"]
+    assert facts["goal_ms"] == asked
+    assert facts["goal"] == pytest.approx(asked / facts["dense_ms"])
+    assert facts["met"] == (facts["pruned_ms"] <= asked)
+    assert done.code == (0 if facts["met"] else 5), done.err
+    assert facts["met"] or f"{asked:.3g} ms was asked for, {facts['pruned_ms']:.3g} ms" in done.json["error"]["message"]
+    assert done.json["budget"]["limit"] == pytest.approx(asked)
+
+
+@pytest.mark.parametrize("flag", ["--latency-ms", "--fps"])
+def test_milliseconds_of_another_machine_are_refused(call, profile, small_data, tmp_path, flag):
+    path, runs, whole = tmp_path / "other.json", tmp_path / "runs", LatencyProfile.load(profile)
+    replace(whole, environment={**whole.environment, "machine": "another"}).save(path)
+    ms = 0.7 * whole.dense_ms
+    goal = {"--latency-ms": ms, "--fps": 1e3 / ms}[flag]
+    done = call("prune", "resnet20", flag, goal, "--data", small_data, *SHORT, "--profile", path, "--runs", runs)
+    assert done.code == 2
+    assert "need a profile of this machine as it is, got another (measured on another; this is" in done.error
+    assert not runs.exists()
+
+
 def test_stairs_from_a_profile_serve_any_budget(call, profile, small_data, tmp_path):
     arguments = ("--flops", "0.5", "--align", "auto", "--profile", profile)
     done = call("prune", "resnet20", "--data", small_data, *SHORT, *arguments, "--runs", tmp_path, "--json")

@@ -20,10 +20,13 @@ from chipdeploy.latency.rig import Rig, Setting
 
 
 class Device:
-    """Stands in for a device: the time of a plan is its MACs and a tenth; `noise` is multiplied by, in turn."""
+    """Stands in for a device: the time of a plan is its MACs and a tenth; `noise` is multiplied by, in turn.
 
-    def __init__(self, graph, factor=1.0, noise=()):
-        self.graph, self.factor, self.noise = graph, factor, iter(noise)
+    The dense network takes `dense_s` seconds.
+    """
+
+    def __init__(self, graph, factor=1.0, noise=(), dense_s=1.0):
+        self.graph, self.factor, self.noise, self.dense_s = graph, factor, iter(noise), dense_s
         self.macs = CostModel.of(graph, "macs")
         self.asked = []
 
@@ -40,7 +43,8 @@ class Device:
         (mask,) = engines
         ratio = self.factor * self.ratio(group_widths(self.graph, mask)) * next(self.noise, 1.0)
         self.asked.append((mask.tobytes(), ratio))
-        return [Comparison(1, ((1.0,),) * 4, ((ratio,),) * 4, ((1.0,),) * 4, {})]
+        dense, pruned = ((self.dense_s,),) * 4, ((ratio * self.dense_s,),) * 4
+        return [Comparison(1, dense, pruned, dense, {})]
 
     def time_anew(self, mask, openings, **_):
         return [found for _ in range(openings) for found in self.time([mask])]
@@ -114,6 +118,22 @@ def test_out_of_reach_is_said_and_the_fastest_plan_kept(tiny, cost, proposer):
     assert not met.met and not met.near
     assert met.comparison.ratio > 0.2
     assert met.comparison.ratio == pytest.approx(min(ratio for _, ratio in device.asked))
+
+
+@pytest.mark.parametrize("dense_s", [1.8, 1.0, 0.8])
+def test_milliseconds_are_met_by_a_device_that_is_not_as_it_was(tiny, cost, proposer, dense_s):
+    """When it was profiled the dense network took a second, so half of its time was asked for."""
+    met = meet(Device(tiny[1], dense_s=dense_s), cost, proposer(), 0.5, ms=500.0)
+    assert met.met and met.near
+    assert 485 <= met.comparison.pruned_ms <= 500
+    facts = met.to_dict()
+    assert facts["goal_ms"] == 500 and facts["goal"] == pytest.approx(0.5 / dense_s)
+    assert facts["ratio"] <= facts["goal"]
+
+
+def test_milliseconds_out_of_reach_are_said(tiny, cost, proposer):
+    met = meet(Device(tiny[1], dense_s=9.0), cost, proposer(), 0.5, ms=500.0)
+    assert not met.met and met.comparison.ratio < 0.5 and met.comparison.pruned_ms > 500
 
 
 def test_one_lucky_measurement_does_not_end_the_search(tiny, cost, proposer):

@@ -28,7 +28,7 @@ pytest: $(READY)
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt Makefile
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "chipdeploy needs Python 3.11 or newer, got " + sys.version.split()[0] + "; call: make PYTHON=python3.11")'
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "chipdeploy needs Python 3.11 to 3.13, got " + sys.version.split()[0] + "; call: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt -e '.[cpu,dev,rtx,zoo]'
 	for version in $(TRT_BINDINGS); do \

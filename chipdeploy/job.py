@@ -169,12 +169,18 @@ def model_digest(spec: str) -> dict[str, str]:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes a GPU where there is one. Raises MissingError for a device that is not here."""
+    """`auto` takes a GPU where there is one. A GPU becomes the current one: not all of PyTorch asks which is meant.
+
+    Raises:
+        MissingError: the device is not here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()  # a device without memory fails here
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise MissingError(f"no device {name!r} here; use --device cpu or auto") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -141,6 +143,13 @@ def test_what_inspect_shows(tmp_path, monkeypatch):
         assert re.search(rf"^    {group.name} +{group.size} +{way} +{members}$", PAGE, re.MULTILINE)
     for pinned in graph.pinned:
         assert f"    pinned: {pinned.name} ({pinned.size} channels): {pinned.reason}\n" in PAGE
+    (tmp_path / "my_net.py").write_text(next(block for block in BLOCKS if block.startswith("# my_net.py\n")))
+    command = [sys.executable, "-m", "chipdeploy.cli", "inspect", "my_net.py:Net"]
+    said = subprocess.run(command, cwd=tmp_path, check=True, text=True, capture_output=True).stdout
+    shares = [line for line in said.splitlines() if "of the FLOPs" in line]
+    assert len(shares) == 2
+    for line in shares:
+        assert f"    {line}\n" in PAGE
 
 
 class Net(nn.Module):

@@ -396,7 +396,7 @@ def test_excluded_layers_and_least_widths_hold_through_a_run(configure, go, fold
 def test_devices():
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device("auto").type in ("cpu", "cuda")
-    for name in ("meta", "cuda:63", "toaster", ""):
+    for name in ("meta", "cuda:63", "toaster", "hpu", ""):
         with pytest.raises(MissingError, match="no device"):
             pick_device(name)
 

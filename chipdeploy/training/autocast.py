@@ -8,7 +8,8 @@ import torch
 def autocast(device: torch.device) -> torch.autocast:
     """bf16 where the device computes it natively, float32 elsewhere."""
     if device.type == "cuda":
-        return torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_bf16_supported())
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.autocast("cuda", dtype=torch.bfloat16, enabled=native)
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=_cpu_has_bf16())
 
 

@@ -19,6 +19,7 @@ from chipdeploy.training.splits import Split
 
 REPORT_EVERY = 20  # steps between two looks at the loss: reading it waits for the device
 EVALUATION_BATCH = 500
+EVALUATION_PIXELS = EVALUATION_BATCH * 64 * 64  # in one pass: activations of large images would fill a GPU
 RENEWAL_IMAGES = 4096
 
 
@@ -138,8 +139,10 @@ def evaluate(network: nn.Module, split: Split, device: torch.device) -> float:
     network.eval()
     right = torch.zeros((), dtype=torch.int64, device=device)
     for images, labels in split.batches(EVALUATION_BATCH, device=device):
+        at_once = max(1, EVALUATION_PIXELS // images.shape[2:].numel())
         with autocast(device):
-            right += (network(images).argmax(1) == labels).sum()
+            answers = torch.cat([network(some).argmax(1) for some in torch.split(images, at_once)])
+        right += (answers == labels).sum()
     network.train(training)
     return float(right) / len(split)
 

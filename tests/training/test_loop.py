@@ -80,6 +80,19 @@ def test_evaluation_counts_right_answers():
     assert evaluate(Bright(), split(), CPU) == 0.5  # every second image is of class 1
 
 
+def test_large_images_are_evaluated_a_few_at_a_time(monkeypatch):
+    seen = []
+
+    class Noted(nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            return torch.stack([-x.mean((1, 2, 3)), x.mean((1, 2, 3))], dim=1)
+
+    monkeypatch.setattr("chipdeploy.training.loop.EVALUATION_PIXELS", 20 * 8 * 8)
+    assert evaluate(Noted(), split(), CPU) == 1.0
+    assert seen == [20, 20, 20, 4]
+
+
 def test_renewed_norms_hold_the_statistics_of_the_images_they_saw():
     model = nn.Sequential(nn.BatchNorm2d(1))
     model[0].running_mean.fill_(99.0)

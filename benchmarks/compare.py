@@ -59,7 +59,8 @@ from chipdeploy.training.weights import load_weights
 
 TP_RATIOS = [float(ratio) for ratio in np.linspace(0.02, 0.98, 49)]
 KEEPS, METHODS = "0.3,0.15,0.5", "chipnet,global,uniform,torch-pruning"
-PLAIN = {"pace": 0.0}  # of cells from before there were orthogonal steps
+# What older cells do not say: there were no orthogonal steps, and no choice.
+PLAIN = {"pace": 0.0, "lr": None, "distill": None}
 Method = Callable[[Job, nn.Module, ChannelGraph, float], nn.Module]
 
 

@@ -5,9 +5,10 @@
 
 Methods: latency and flops (`--via`), tp-1, tp-8, tp-16 (Torch-Pruning's global group-L2 with `round_to`; of all its
 cuts the one with the most MACs whose measured time is within the goal, or where none is the fastest, which then stands
-for harder goals, too). All start from the same dense network, and train for the same number of epochs by the same
-recipe. What each network takes is measured once more at the end, in a process of its own. A cell that the output file
-holds already is not run again. Beside other jobs it times on a core of its own (`--quiet` of side_by_side.py).
+for harder goals of the same `--pace`, too). All start from the same dense network, and train for the same number of
+epochs by the same recipe. What each network takes is measured once more at the end, in a process of its own. A cell
+that the output file holds already is not run again. Beside other jobs it times on a core of its own (`--quiet` of
+side_by_side.py).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from compare import (
+    PLAIN,
     add_options,
     append,
     dense_network,
@@ -95,7 +97,7 @@ def _options() -> argparse.Namespace:
 def _missed(path: Path, cell: dict[str, Any]) -> dict[str, Any] | None:
     """The row of a peer that missed an easier goal already: its fastest cut is the same, and need not train again."""
     for row in read_json(path)["cells"]:
-        same = all(row[key] == value for key, value in cell.items() if key != "goal")
+        same = all((PLAIN | row)[key] == value for key, value in cell.items() if key != "goal")
         if same and cell["method"].startswith("tp-") and not row["met"] and row["goal"] > cell["goal"]:
             return row
     return None

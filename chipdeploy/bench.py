@@ -13,7 +13,7 @@ import numpy as np
 from chipdeploy.engines.base import Engine, Images, open_engine
 from chipdeploy.engines.target import Target
 from chipdeploy.engines.trt import EngineManifest
-from chipdeploy.errors import InputError, RunError, UsageError
+from chipdeploy.errors import ExportError, InputError, RunError, UsageError
 from chipdeploy.export.onnx import check_digest
 from chipdeploy.latency.gpu import GpuWatch
 from chipdeploy.latency.measure import Comparison, compare
@@ -39,10 +39,12 @@ def bench_run(
     seconds: float = 5.0,
     layers: bool = False,
     on_block: OnBlock | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Time the dense against the pruned network on every target at every batch size; all is kept in bench.json.
 
-    Times add up: those of other targets and batch sizes stay there while their files and the CPU are the same.
+    Times add up: those of other targets and batch sizes stay there while their files, the CPU and the GPU are the same;
+    `tell` is told of the others, a line each.
 
     On a GPU each batch size is timed twice: from host to host, and on the device by its own clock. `layers` adds the
     times of both networks' layers, from runs of their own.
@@ -70,8 +72,8 @@ def bench_run(
     for target, dense, pruned, control in opened:
         for batch in batches:
             images = np.random.default_rng(0).standard_normal((batch, *shape), dtype=np.float32)
-            tell = partial(on_block, f"{target.name}, batch {batch}") if on_block else None
-            measured = _measure(target, (dense, pruned, control), images, seconds, tell)
+            shown = partial(on_block, f"{target.name}, batch {batch}") if on_block else None
+            measured = _measure(target, (dense, pruned, control), images, seconds, shown)
             if layers:
                 measured[0]["layers"] = {
                     name: [asdict(layer) for layer in engine.layer_times(images, LAYER_RUNS)]
@@ -81,8 +83,12 @@ def bench_run(
             results += [row | {"files": files} for row in measured]
     now = {_what(row) for row in results}
     held, _ = _earlier_times(run, exported)
-    cpus = {row["environment"]["cpu"] for row in results}
-    run.write(BENCH, [r for r in held if _what(r) not in now and r["environment"].get("cpu") in cpus] + results)
+    others = [row for row in held if _what(row) not in now]
+    elsewhere = [row for row in others if not all(_same_machine(row, result) for result in results)]
+    for row in elsewhere:
+        if tell:
+            tell(f"dropping the times of {Comparison.from_dict(row).where}: they are of {_machine(row)}")
+    run.write(BENCH, [row for row in others if row not in elsewhere] + results)
     return results
 
 
@@ -122,6 +128,17 @@ def _earlier_times(run: Run, exported: Mapping[str, Any]) -> tuple[list[dict[str
     return held, gone
 
 
+def _same_machine(row: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+    """Whether two rows can stand on one page: one CPU, and one GPU where both have used one."""
+    cpu, gpu = ({item["environment"].get(key) for item in (row, result)} for key in ("cpu", "gpu_name"))
+    return len(cpu) == 1 and len(gpu - {None}) <= 1
+
+
+def _machine(row: Mapping[str, Any]) -> str:
+    facts = row["environment"]
+    return str(facts.get("machine") or facts.get("cpu"))
+
+
 def _what(row: Mapping[str, Any]) -> tuple[str, int]:
     return row["target"], row["batch"]
 
@@ -152,10 +169,11 @@ def artifact(run: Run, exported: Mapping[str, Any], target: Target, network: str
     if target.runtime == "torch":
         return load(run.path, dense=network == "dense")
     facts = _entry(run, exported, target)
-    if target.builds:
-        return run.file(facts[network]["file"])
     path = run.file(facts[network]["file"])
-    check_digest(path, facts[network]["sha256"])
+    if not target.builds:
+        check_digest(path, facts[network]["sha256"])
+    elif EngineManifest.read(path).engine_sha256 != facts[network]["engine_sha256"]:
+        raise ExportError(f"{path.name} is not the engine of the last whole export; export it again")
     return path
 
 
@@ -219,6 +237,7 @@ def _measure(
         if watch:
             facts["gpu"] = {"before": gpu_before, "after": watch.facts()}
             facts["joules"] = {"dense": watch.joules(dense), "pruned": watch.joules(pruned)}
+            facts["gpu_name"] = gpu_before["name"]  # type: ignore[index]
             facts["machine"] = f"{gpu_before['name']}, {comparison.environment['cpu']}"  # type: ignore[index]
         labelled: Comparison = replace(comparison, environment=facts, target=target.name, on_device=on_device)
         results.append(labelled.to_dict())

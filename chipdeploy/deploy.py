@@ -37,11 +37,16 @@ from chipdeploy.training.data import ImageData, load_data
 if TYPE_CHECKING:
     from torch import Tensor
 
-EXPORTED = re.compile(r"(dense|pruned)[^/]*\.(onnx|engine|engine\.json|engine\.cache)")
+    from chipdeploy.training.splits import Split
+
+_KIND = f"({'|'.join(PRECISIONS)})"
+EXPORTED = re.compile(  # what an export may have made; other files of such names are the user's own
+    rf"(dense|pruned)(-{_KIND})?\.onnx|(dense|pruned)-(trt|rtx)-{_KIND}\.engine(\.json|{re.escape(CACHE)})?"
+)
 VERIFY_IMAGES = 64
 CALIBRATION_IMAGES = 512
 SENSITIVITY_IMAGES = 128  # one run over them a layer
-ACCURACY_IMAGES = 5000  # of the validation images: beyond them the estimate moves by less than a point anyway
+ACCURACY_IMAGES = 5000  # drawn from the validation images: more move the estimate by less than a point
 ACCURACY_BATCH = 50
 MAX_DROP = 0.5  # points of accuracy that the fastest precision may lose against fp32
 CANDIDATES = ("fp32", "fp16", "int8")  # of `best`
@@ -237,7 +242,7 @@ class _Export:
         self, run: Run, options: ExportOptions, notes: Notes, described: dict[str, Any], data: ImageData
     ) -> None:
         self._run, self._options, self._notes, self._described, self._data = run, options, notes, described, data
-        self._images, _ = next(data.val.batches(VERIFY_IMAGES))
+        self._images, _ = next(_drawn(data.val, VERIFY_IMAGES, VERIFY_IMAGES))
         self._models = {name: load(run.path, dense=name == "dense") for name in NETWORKS}
         lossy = [precision for precision in options.all_precisions if precision != "fp32"]
         root = options.data_root or run.config.get("data_root")
@@ -349,7 +354,9 @@ class _Export:
         return entry
 
     def _choose(self, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-        runtime = next((r for r in self._options.all_runtimes if torch.cuda.is_available()), "ort")
+        build = self._options.build
+        # An engine for other GPUs cannot be timed here.
+        runtime = next((r for r in self._options.all_runtimes if torch.cuda.is_available() and not build.gpus), "ort")
         files = {}
         for precision in CANDIDATES:
             target = Target.parse(f"{runtime}-{precision}")
@@ -358,7 +365,8 @@ class _Export:
         accuracies = {"fp32": facts["pruned"]["accuracy"]["top1"]}
         accuracies |= {p: entry["pruned"]["accuracy"]["top1"] for p, entry in facts["precisions"].items()}
         shape = tuple(self._described["shape"])
-        return choose(files, accuracies, shape, max_drop=self._options.max_drop)
+        batch = 1 if runtime == "ort" else build.batches[0]
+        return choose(files, accuracies, shape, max_drop=self._options.max_drop, batch=batch)
 
 
 def onnx_name(network: str, precision: str = "fp32") -> str:
@@ -366,10 +374,15 @@ def onnx_name(network: str, precision: str = "fp32") -> str:
     return f"{network}.onnx" if precision == "fp32" else f"{network}-{precision}.onnx"
 
 
+def _drawn(split: Split, batch: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches whose first `count` images are of all classes: a folder has its images sorted by class."""
+    return split.batches(batch, seed=0 if len(split) > count else None)
+
+
 def accuracy(engine: Engine, data: ImageData, limit: int) -> dict[str, Any]:
-    """Top-1 of an engine on the first validation images, at most `limit` of them."""
+    """Top-1 of an engine on validation images, at most about `limit` of them."""
     right = seen = 0
-    for images, labels in data.val.batches(ACCURACY_BATCH):
+    for images, labels in _drawn(data.val, ACCURACY_BATCH, limit):
         pixels: Images = images.numpy()
         right += int((engine.run(np.ascontiguousarray(pixels)).argmax(1) == labels.numpy()).sum())
         seen += len(labels)

@@ -54,6 +54,7 @@ def bench(
             seconds=seconds,
             layers=layers,
             on_block=progress,
+            tell=note,
         )
     noise = next((noise for item in results if (noise := comparison(item).noise)), "")
     error = NoisyError(

@@ -199,6 +199,8 @@ def missed(result: dict[str, Any]) -> TargetError | None:
         return None
     if changed := drift(facts):
         note(f"note: {changed}")
+    if facts.get("noise"):
+        note(f"note: the last measurement is noisy: {facts['noise']}; when it is quiet, use 'chipdeploy bench'")
     if facts.get("goal_ms"):
         wanted, got = (f"{facts[key]:.3g} ms" for key in ("goal_ms", "pruned_ms"))
     else:
@@ -221,8 +223,9 @@ def print_result(result: dict[str, Any], folder: Path) -> None:
     screen.print(render_table(summary_rows(result, None, None)))
     if facts := result.get("latency"):
         low, high = facts["interval"]
+        goal = f"{facts['goal_ms']:.3g} ms" if facts.get("goal_ms") else f"{facts['goal']:.3g}"
         screen.print(
-            f"measured: {facts['ratio']:.3f} of the dense time (95 % {low:.3f}-{high:.3f}; goal {facts['goal']:.3g}), "
+            f"measured: {facts['ratio']:.3f} of the dense time (95 % {low:.3f}-{high:.3f}; goal {goal}), "
             f"{facts['pruned_ms']:.3g} of {facts['dense_ms']:.3g} ms, {facts['target']}, batch {facts['batch']}"
         )
     screen.print(f"run: {folder}")

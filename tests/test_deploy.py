@@ -11,12 +11,13 @@ import onnxruntime
 import pytest
 import torch
 
-from chipdeploy.bench import bench_run
+from chipdeploy.bench import _same_machine, artifact, bench_run
 from chipdeploy.bundling import bundle_run
 from chipdeploy.config import PruneConfig
 from chipdeploy.dense import train_dense
-from chipdeploy.deploy import ExportOptions, Notes, export_run, onnx_name
+from chipdeploy.deploy import ExportOptions, Notes, _drawn, export_run, onnx_name
 from chipdeploy.engines.build import BuildOptions
+from chipdeploy.engines.target import Target
 from chipdeploy.engines.trt import EngineManifest
 from chipdeploy.errors import (
     DataError,
@@ -37,6 +38,7 @@ from chipdeploy.result import load
 from chipdeploy.run import Run
 from chipdeploy.training.data import load_data
 from chipdeploy.training.loop import Silent
+from chipdeploy.training.splits import MemorySplit
 
 NET = """
 import torch
@@ -277,8 +279,36 @@ def test_times_of_another_cpu_do_not_stay(copy):
     (item,) = copy.read("bench.json")
     item["environment"]["cpu"] = "another"
     copy.write("bench.json", [item])
-    bench_run(copy, batches=(2,), seconds=0.05)
+    told = []
+    bench_run(copy, batches=(2,), seconds=0.05, tell=told.append)
     assert times(copy) == [("ort-cpu", 2)]
+    assert told == [f"dropping the times of batch 1, ort-cpu: they are of {item['environment']['machine']}"]
+
+
+def test_times_of_another_gpu_do_not_stay_beside_those_of_one(copy):
+    bench_run(copy, batches=(1,), seconds=0.05)
+    (item,) = copy.read("bench.json")
+    on_gpu = [item | {"environment": item["environment"] | {"gpu_name": name}} for name in ("one", "one", "other")]
+    assert _same_machine(on_gpu[0], on_gpu[1]) and _same_machine(on_gpu[0], item)
+    assert not _same_machine(on_gpu[0], on_gpu[2])
+
+
+def test_a_file_of_the_user_stays(copy):
+    mine = ("pruned.simplified.onnx", "dense-old.onnx", "pruned.engine")
+    for name in mine:
+        copy.file(name).write_bytes(b"mine")
+    copy.file("pruned-int8.onnx").write_bytes(b"of an export that no record names")
+    export_run(copy)
+    assert all(copy.file(name).read_bytes() == b"mine" for name in mine)
+    assert not copy.file("pruned-int8.onnx").exists()
+
+
+def test_images_that_are_sorted_by_class_are_drawn_from_all():
+    labels = torch.arange(10).repeat_interleave(600)
+    split = MemorySplit(torch.zeros(6000, 4, 4, 3, dtype=torch.uint8), labels, (0.5,) * 3, (0.5,) * 3)
+    few = [next(_drawn(split, 64, 64))[1] for _ in range(2)]
+    assert set(few[0].tolist()) == set(range(10)) and torch.equal(*few)
+    assert sum(len(found) for _, found in _drawn(split, 50, 6000)) == 6000  # all of them, where that is few enough
 
 
 @pytest.mark.parametrize("damaged", ["{", "{}", "[3]", "7", '[{"schema": 1}]', '[{"schema": 99}]'])
@@ -383,7 +413,7 @@ def test_the_best_precision_is_timed_and_holds_its_accuracy(copy):
     assert facts["asked"] == best["precision"]
     assert [row["precision"] for row in best["table"]] == ["fp32", "fp16", "int8"]
     ratios = {row["precision"]: row["ratio"] for row in best["table"]}
-    certain = [row["precision"] for row in best["table"] if row["ratio_interval"][1] < 1]
+    certain = [row["precision"] for row in best["table"] if row["ratio_interval"][1] < 1 and not row["noise"]]
     assert best["precision"] == min(["fp32", *certain], key=ratios.get)
 
 
@@ -486,6 +516,17 @@ def untimed(run, folder):
     copied = Run(Path(shutil.copytree(run.path, folder / "run")))
     copied.file("bench.json").unlink(missing_ok=True)
     return copied
+
+
+def test_an_engine_of_an_export_that_did_not_end_is_not_timed(deployed, tmp_path):
+    run = untimed(deployed[0], tmp_path)
+    exported = run.read("export.json")
+    target = Target.parse("rtx-fp16")
+    assert artifact(run, exported, target, "pruned") == run.file("pruned-rtx-fp16.engine")
+    for end in ("", ".json"):  # whole, but another's
+        shutil.copy(run.file(f"dense-rtx-fp16.engine{end}"), run.file(f"pruned-rtx-fp16.engine{end}"))
+    with pytest.raises(ExportError, match="is not the engine of the last whole export; export it again"):
+        artifact(run, exported, target, "pruned")
 
 
 def test_exports_add_up(deployed, tmp_path):

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,8 @@ class _Build:
             if self._cancelled.is_set():
                 raise ExportError("the build was interrupted")
             raise ExportError(f"{PACKAGES[self._target.runtime]} cannot build {onnx.name}: {self._log.take()}")
-        self._keep_timings(config)
+        with suppress(OSError, ExportError):  # a help for the next build, no need
+            self._keep_timings(config)
         return bytes(serialized), shape, self._io_type(network)
 
     def _io_type(self, network: Any) -> str:

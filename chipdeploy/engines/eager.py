@@ -88,8 +88,7 @@ class TorchEngine:
 
         facts: dict[str, Any] = {"name": self.name, "torch": torch.__version__, "mode": self.target.mode, "tf32": False}
         if self.target.on_gpu:
-            memory = {"device_memory_bytes": torch.cuda.max_memory_allocated()}
-            return facts | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} | memory
+            return facts | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
         return facts | {"threads": self.threads}
 
     def _placed(self, values: Tensor) -> Tensor:

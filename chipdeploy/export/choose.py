@@ -59,7 +59,10 @@ def choose(
             measured = time_engines(target, dense, control, [other], images, seconds=seconds, blocks=BLOCKS)[0]
             row |= {"ratio": measured.ratio, "ratio_interval": list(measured.ratio_interval), "noise": measured.noise}
         rows.append(row)
-    # A speedup counts only where its whole interval lies below 1: otherwise fp32 stays.
-    ranked = [row for row in rows if row["holds"] and (row["precision"] == REFERENCE or row["ratio_interval"][1] < 1)]
-    best = min(ranked, key=lambda row: row["ratio"])
+    best = min((row for row in rows if row["precision"] == REFERENCE or _better(row)), key=lambda row: row["ratio"])
     return {"target": best["target"], "precision": best["precision"], "max_drop_points": max_drop, "table": rows}
+
+
+def _better(row: Mapping[str, Any]) -> bool:
+    """Whether a precision holds its accuracy, and its speedup is certain: otherwise fp32 stays."""
+    return bool(row["holds"] and row["ratio_interval"][1] < 1 and not row["noise"])

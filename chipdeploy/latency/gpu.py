@@ -44,13 +44,13 @@ class GpuWatch:
         self._nvml, self._handle = nvml, handle
 
     @classmethod
-    def open(cls, index: int = 0) -> GpuWatch | None:
-        """The watch of a GPU; None where there is no driver, no GPU or no nvidia-ml-py."""
+    def open(cls) -> GpuWatch | None:
+        """The watch of PyTorch's current GPU; None where there is no driver, no GPU or no nvidia-ml-py."""
         try:
             import pynvml
 
             pynvml.nvmlInit()
-            return cls(pynvml, pynvml.nvmlDeviceGetHandleByIndex(index))
+            return cls(pynvml, _current(pynvml))
         except Exception:  # the library, the driver or the GPU is missing: all the same to us
             return None
 
@@ -99,6 +99,16 @@ class GpuWatch:
         except nvml.NVMLError:
             return None
         return float(after - before) / 1e3 / runs
+
+
+def _current(nvml: Any) -> Any:
+    """NVML's handle of the GPU that PyTorch takes: NVML counts in another order, and hidden ones too."""
+    import torch
+
+    try:
+        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties('cuda').uuid}")
+    except Exception:  # no CUDA for PyTorch, or a part of a GPU, which has a name of its own
+        return nvml.nvmlDeviceGetHandleByIndex(0)
 
 
 def _text(value: str | bytes) -> str:

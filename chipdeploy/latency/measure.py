@@ -59,8 +59,10 @@ class Comparison:
 
     @property
     def where(self) -> str:
-        """`batch 8, trt-fp16, on the device`: what a reader must know beside the numbers."""
-        parts = (f"batch {self.batch}", self.target, "on the device" if self.on_device else "")
+        """`batch 8, trt-fp16, on the device`: what a reader must know beside the numbers; threads if more than one."""
+        threads = self.environment.get("engine", {}).get("threads", 1)
+        many = f"{threads} threads" if threads > 1 else ""
+        parts = (f"batch {self.batch}", self.target, many, "on the device" if self.on_device else "")
         return ", ".join(filter(None, parts))
 
     @cached_property

@@ -77,6 +77,7 @@ class Met:
             "interval": list(self.comparison.ratio_interval),
             "dense_ms": self.comparison.dense_ms,
             "pruned_ms": self.comparison.pruned_ms,
+            "noise": self.comparison.noise,
             "tries": [one.to_dict() for one in self.tries],
             "confirmation": self.comparison.to_dict(),
         }

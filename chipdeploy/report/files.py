@@ -51,15 +51,17 @@ def choice_section(export: Artifact | None) -> str:
             row["precision"],
             percent_text(row["accuracy"]),
             f"{row['drop_points']:+.2f} points" + ("" if row["holds"] else ", too much"),
-            f"{row['ratio']:.2f} ({row['ratio_interval'][0]:.2f}-{row['ratio_interval'][1]:.2f})",
+            f"{row['ratio']:.2f} ({row['ratio_interval'][0]:.2f}-{row['ratio_interval'][1]:.2f})"
+            + (f", noisy: {row['noise']}" if row.get("noise") else ""),
         )
         for row in best["table"]
     ]
     headers = ("precision", "validation accuracy", "drop", "time / fp32 (95 %)")
-    sentence = (
-        f"Taken: {best['precision']} on {best['target']}, the fastest that loses at most {best['max_drop_points']:g} "
-        "points and is faster than fp32 for certain."
-    )
+    limit = f"loses at most {best['max_drop_points']:g} points and is faster than fp32 for certain"
+    if best["precision"] == "fp32":
+        sentence = f"Taken: fp32 on {best['target']}, since nothing else {limit}."
+    else:
+        sentence = f"Taken: {best['precision']} on {best['target']}, the fastest that {limit}."
     return f"## Precisions\n\n{markdown_grid(headers, lines)}\n\n{sentence}"
 
 

@@ -1,5 +1,7 @@
 """The report's sections on precisions and engines, from an export as it is written."""
 
+import copy
+
 import pytest
 
 from chipdeploy.report.files import choice_section, engines_section, files_section
@@ -63,7 +65,12 @@ def test_every_file_has_a_line():
 def test_the_choice_says_what_was_lost_and_gained():
     text = choice_section(EXPORT)
     assert "| int8 | 70 % | +8.00 points, too much | 2.00 (1.90-2.10) |" in text
-    assert "Taken: fp32 on ort-cpu" in text
+    assert "Taken: fp32 on ort-cpu, since nothing else loses at most 0.5 points and is faster than fp32 for" in text
+    noisy = copy.deepcopy(EXPORT)
+    noisy["best"]["table"][1] |= {"noise": "equal blocks lie apart"}
+    assert "2.00 (1.90-2.10), noisy: equal blocks lie apart |" in choice_section(noisy)
+    other = EXPORT | {"best": EXPORT["best"] | {"precision": "int8"}}
+    assert "Taken: int8 on ort-cpu, the fastest that loses at most 0.5 points and is faster" in choice_section(other)
 
 
 def test_engines_name_their_gpus():

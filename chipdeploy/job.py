@@ -169,7 +169,7 @@ def model_digest(spec: str) -> dict[str, str]:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes a GPU where there is one. A GPU becomes the current one: not all of PyTorch asks which is meant.
+    """`auto` takes a GPU where there is one. A GPU by number becomes the current one: not all of PyTorch asks which.
 
     Raises:
         MissingError: the device is not here.
@@ -181,6 +181,6 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device).item()  # a device without memory fails here
     except (RuntimeError, AssertionError, ImportError) as error:
         raise MissingError(f"no device {name!r} here; use --device cpu or auto") from error
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device

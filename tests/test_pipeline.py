@@ -401,6 +401,15 @@ def test_devices():
             pick_device(name)
 
 
+def test_a_gpu_by_number_becomes_the_current_one(monkeypatch):
+    """Streams and capabilities are asked of the current one. No GPU is needed here: what is called is looked at."""
+    chosen, empty = [], torch.empty
+    monkeypatch.setattr("torch.empty", lambda *sizes, device: empty(*sizes))
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    assert [pick_device(name).index for name in ("cuda:1", "cuda", "cpu")] == [1, None, None]
+    assert chosen == [torch.device("cuda:1")]
+
+
 @pytest.mark.parametrize(
     ("changed", "weight"),
     [

@@ -43,19 +43,21 @@ def bench_run(
 ) -> list[dict[str, Any]]:
     """Time the dense against the pruned network on every target at every batch size; all is kept in bench.json.
 
-    Times add up: those of other targets and batch sizes stay there while their files, the CPU and the GPU are the same;
+    Times add up: those of other targets, batch sizes and numbers of threads stay there while their files, the CPU and the GPU are the same;
     `tell` is told of the others, a line each.
 
     On a GPU each batch size is timed twice: from host to host, and on the device by its own clock. `layers` adds the
     times of both networks' layers, from runs of their own.
 
     Raises:
-        UsageError: an unknown target, or `layers` of one that does not tell them.
+        UsageError: an unknown target, `layers` of one that does not tell them, or `threads` for GPUs alone.
         RunError, ExportError: nothing was exported for a target, or a file was edited since.
         MissingError: a target's package or device is not here.
     """
     wanted = list(dict.fromkeys(Target.parse(text) for text in targets))
     batches = tuple(dict.fromkeys(batches))
+    if all(target.on_gpu for target in wanted):
+        wanted[0].check_threads(threads)
     if layers and (silent := [target.name for target in wanted if target.runtime == "torch"]):
         raise UsageError(
             f"{silent[0]} does not tell the times of layers; leave --layers out, or use an ort or trt target"
@@ -139,8 +141,9 @@ def _machine(row: Mapping[str, Any]) -> str:
     return str(facts.get("machine") or facts.get("cpu"))
 
 
-def _what(row: Mapping[str, Any]) -> tuple[str, int]:
-    return row["target"], row["batch"]
+def _what(row: Mapping[str, Any]) -> tuple[str, int, int]:
+    """What a later measurement takes the place of."""
+    return row["target"], row["batch"], Comparison.from_dict(row).threads
 
 
 def _check_batches(run: Run, exported: Mapping[str, Any], target: Target, batches: Sequence[int]) -> None:

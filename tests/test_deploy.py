@@ -274,6 +274,15 @@ def test_times_add_up_until_their_files_change(copy):
     assert lost == ["dropping the times of batch 1, ort-cpu-int8: the files are others now"]
 
 
+def test_times_of_other_threads_stay_beside_each_other(copy):
+    bench_run(copy, batches=(1,), seconds=0.05)
+    bench_run(copy, batches=(1,), seconds=0.05, threads=2)
+    assert [Comparison.from_dict(item).threads for item in copy.read("bench.json")] == [1, 2]
+    assert "latency, batch 1, ort-cpu, 2 threads" in report_run(copy).read_text()
+    with pytest.raises(UsageError, match="rtx-fp16 runs on a GPU"):
+        bench_run(copy, targets=["rtx-fp16"], batches=(1,), threads=2)
+
+
 def test_times_of_another_cpu_do_not_stay(copy):
     bench_run(copy, batches=(1,), seconds=0.05)
     (item,) = copy.read("bench.json")

@@ -81,6 +81,13 @@ class Target:
         """Whether an engine file is built before it can run."""
         return self.runtime in TENSORRT
 
+    def check_threads(self, threads: int) -> None:
+        """Raises UsageError for a number of threads where there is none to choose: on a GPU."""
+        if self.on_gpu and threads != 1:
+            raise UsageError(
+                f"{self.name} runs on a GPU, the number of threads is the CPU's, got {threads}; leave --threads out"
+            )
+
 
 def _kind(part: str, runtime: str) -> str:
     if part in RUNTIMES[runtime]:

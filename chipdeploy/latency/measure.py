@@ -58,10 +58,14 @@ class Comparison:
                 raise RunError("a comparison holds a block without a positive time; bench again")
 
     @property
+    def threads(self) -> int:
+        """Of the runtime on the CPU; 1 where nobody said, and on a GPU."""
+        return int(self.environment.get("engine", {}).get("threads", 1))
+
+    @property
     def where(self) -> str:
         """`batch 8, trt-fp16, on the device`: what a reader must know beside the numbers; threads if more than one."""
-        threads = self.environment.get("engine", {}).get("threads", 1)
-        many = f"{threads} threads" if threads > 1 else ""
+        many = f"{self.threads} threads" if self.threads > 1 else ""
         parts = (f"batch {self.batch}", self.target, many, "on the device" if self.on_device else "")
         return ", ".join(filter(None, parts))
 

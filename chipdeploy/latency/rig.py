@@ -53,6 +53,7 @@ class Setting:
             raise UsageError(f"the batch must be 1 or more, got {self.batch}; try 1")
         if self.threads < 1:
             raise UsageError(f"the threads must be 1 or more, got {self.threads}; try 1")
+        self.target.check_threads(self.threads)
 
     @property
     def name(self) -> str:

@@ -175,6 +175,7 @@ def test_a_damaged_profile_is_refused(call, profile, tmp_path, what):
         (("--latency", "0.000001"), 5, "out of reach"),
         (("--fps", "-1"), 2, "fps"),
         (("--latency", "0.5", "--threads", "2"), 3, "threads"),
+        (("--latency", "0.5", "--threads", "2", "--on", "trt-fp16"), 2, "trt-fp16 runs on a GPU"),
         (("--latency", "0.5", "--bench-batch", "2"), 3, "batch"),
         (("--latency", "0.5", "--on", "nowhere"), 2, "unknown target"),
         (("--latency", "0.5", "--profile", "none-such"), 3, "no profile"),

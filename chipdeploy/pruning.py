@@ -142,7 +142,7 @@ class Pruning:
     def _look(self, chip: ChipNet, epoch: int, loss: float) -> dict[str, Any]:
         """Soft and cut network on the validation images; the best feasible, crisp, unbroken cut so far is kept."""
         job, plan = self.job, chip.plan()
-        cut = hard_prune(chip.folded(), chip.graph, plan)
+        cut = hard_prune(chip.folded(early=True), chip.graph, plan)
         renew_norms(cut, job.data.train, batch=job.batch, device=job.device)
         row: dict[str, Any] = {
             "phase": "soft",

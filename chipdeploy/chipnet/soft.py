@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import exp
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from chipdeploy.chipnet.costs import BUDGETS, Cost, CostModel
 from chipdeploy.chipnet.gates import crisp_share, crispness, half_point, heaviside, logistic, rounding
@@ -44,10 +47,11 @@ class Budget:
     def __post_init__(self) -> None:
         if self.kind not in (*BUDGETS, LATENCY):
             raise UsageError(f"unknown budget {self.kind!r}; use one of {', '.join((*BUDGETS, LATENCY))}")
-        if not isinstance(self.keep, int | float) or not 0.0 < self.keep < 1.0:
+        if not isinstance(self.keep, Real) or not 0.0 < self.keep < 1.0:
             raise UsageError(
-                f"the {self.kind} budget is the share that stays, between 0 and 1, got {self.keep}; try 0.3"
+                f"the {self.kind} budget is the share that stays, between 0 and 1, got {self.keep!r}; try 0.3"
             )
+        object.__setattr__(self, "keep", float(self.keep))
 
     @property
     def cost(self) -> str:
@@ -63,12 +67,15 @@ class ChipNet(nn.Module):
         small = hard_prune(chip.folded(), chip.graph, chip.plan())
 
     The user's optimizer trains `model`; the logits ψ are moved by `step`. The model's own tensors stay unscaled.
+    Between two calls of `step` there may be several forward and backward passes: their gradients add up. With
+    DistributedDataParallel the ChipNet is what is wrapped, not the model.
 
     Args:
+        steps: how often `step` will be called; the gates close over that time.
         cost: makes the cost of a latency budget from the channel graph: `LatencyProfile.load(path).cost`.
 
     Raises:
-        UsageError: a latency budget without `cost`.
+        UsageError: a latency budget without `cost`, steps that are no number, or a model that is wrapped for many GPUs.
         ModelError: the model cannot be traced, has nothing to prune, or its cut would not equal its gated self.
         BudgetError: the budget is below the smallest connected network.
     """
@@ -98,8 +105,10 @@ class ChipNet(nn.Module):
             raise UsageError(f'a budget is made by Budget("flops", 0.3), got {budget!r}')
         if budget.kind == LATENCY and cost is None:
             raise UsageError("a latency budget needs a measured profile; give cost=LatencyProfile.load(path).cost")
-        if steps < 1:
-            raise UsageError(f"steps must be the number of training steps to come, 1 or more, got {steps}")
+        if not isinstance(steps, Integral) or steps < 1:
+            raise UsageError(f"steps must be the number of training steps to come, 1 or more, got {steps!r}")
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            raise UsageError(f"got a model inside {type(model).__name__}; make the ChipNet of the model, and wrap that")
         self.model, self.budget = model, budget
         self.schedule = schedule or Schedule()
         self.graph = trace(model, example, exclude=exclude)
@@ -112,7 +121,7 @@ class ChipNet(nn.Module):
         device = self._inputs[0].device
         self._gating = Gating(self.graph, device)
         self._soft_cost = self.cost.soft(device)
-        self._steps, self._step = steps, 0
+        self._steps, self._step = int(steps), 0
         count = self.graph.channels
         generator = torch.Generator().manual_seed(0)
         # ψ starts in U[0, 0.01), as published; while the gates listen it is set from what they hear.
@@ -129,6 +138,7 @@ class ChipNet(nn.Module):
         self.optimizer = torch.optim.AdamW([self.logits], lr=rate, weight_decay=self.schedule.logit_decay)
         self._begun = self._settled = self._checked = False
         self._last: tuple[Tensor, Tensor] | None = None
+        self._open: Tensor | None = None  # the gates while they listen: all passes of a step add to their gradient
 
     @property
     def progress(self) -> float:
@@ -153,7 +163,10 @@ class ChipNet(nn.Module):
         curve, gates = self._gates()
         if gates.requires_grad:
             gates.retain_grad()
-        self._last = (curve, gates)
+        if (
+            torch.is_grad_enabled() or self._last is None
+        ):  # a look at validation images between two steps counts nothing
+            self._last = (curve, gates)
         looked_at = self._checked or not (self.model.training and torch.is_grad_enabled())
         with nullcontext() if looked_at else no_checkpointing():
             output = gated_call(self.model, self._gating, gates, *inputs)
@@ -163,18 +176,28 @@ class ChipNet(nn.Module):
     def loss(self, task: Tensor) -> Tensor:
         """task + α1 · crispness + α2 · (V − V0)², of the gates of the last forward pass."""
         curve, gates = self._seen()
+        if distributed.is_available() and distributed.is_initialized():
+            task = task + 0.0 * self.logits.sum()  # else DDP waits in vain for ψ's gradient where it has none
         if self.listening:
             return task
         gap = self._share(gates) - self.target()
         return task + self.schedule.crispness_weight * crispness(curve, gates) + self.schedule.budget_weight * gap**2
 
     def step(self) -> None:
-        """Move ψ and the schedule by one step; call it after the optimizer's own step."""
+        """Move ψ and the schedule by one step; call it after the optimizer's own step.
+
+        A gradient that is not finite, as the first ones of a GradScaler may be, moves and teaches nothing.
+
+        Raises:
+            UsageError: nothing went backward since the last step.
+        """
         self._seen()
         if self.listening:
-            self._hear()
+            self._hear(self._arrived(self._open))
         elif not self._settled:  # after that the gates only become crisp
+            self.logits.grad = self._arrived(self.logits)
             self.optimizer.step()
+        self._open = None
         self.optimizer.zero_grad(set_to_none=True)
         self._step += 1
         if self.schedule.projected and not self.listening:
@@ -213,12 +236,20 @@ class ChipNet(nn.Module):
         self._prove(mask)
         return PrunePlan.from_mask(self.graph, mask)
 
-    def folded(self, plan: PrunePlan | None = None) -> nn.Module:
+    def folded(self, plan: PrunePlan | None = None, *, early: bool = False) -> nn.Module:
         """A copy of the model with the gates of the channels that the plan keeps multiplied into its weights.
 
         It is made to be cut by `plan`, by default this network's own: nothing is lost then but what closed gates let
         through. Before the cut the other channels stand in it at full strength. Raises ModelError as `plan` does.
+
+        early: the gates may still be soft, and the cut a look ahead; without it that is warned of.
         """
+        if self._step < self._steps and not early:
+            warnings.warn(
+                f"the gates are still soft after {self._step} of {self._steps} steps, so the cut will cost accuracy; "
+                "give ChipNet the length of your loop: steps=…",
+                stacklevel=2,
+            )
         small = copied(self.model)
         parameters = dict(small.named_parameters())
         with torch.no_grad():
@@ -270,8 +301,11 @@ class ChipNet(nn.Module):
 
     def _gates(self) -> tuple[Tensor, Tensor]:
         if self.listening:
-            open_gates = torch.ones_like(self.logits, requires_grad=True)
-            return open_gates, open_gates
+            if not torch.is_grad_enabled():
+                return (torch.ones_like(self.logits),) * 2
+            if self._open is None:
+                self._open = torch.ones_like(self.logits, requires_grad=True)
+            return self._open, self._open
         beta, gamma = self.schedule.beta_at(self.progress), self.schedule.gamma_at(self.progress)
         if not self.schedule.projected:
             curve = logistic(self.logits, beta)
@@ -290,24 +324,39 @@ class ChipNet(nn.Module):
         widths = soft.new_zeros(len(self.graph.groups)).index_add(0, self._group, soft)
         return self._soft_cost(widths, self._gating.alive(soft))
 
-    def _hear(self) -> None:
+    def _arrived(self, leaf: Tensor | None) -> Tensor:
+        """The gradient that the passes of this step have left; zeros where a part of it is not finite."""
+        if leaf is None or leaf.grad is None:
+            raise UsageError("no gradient has reached the gates; call step() after backward() of loss(), once a step")
+        # Where, and no if: nothing waits for the device.
+        return torch.where(leaf.grad.square().isfinite().all(), leaf.grad, torch.zeros_like(leaf.grad))
+
+    def _hear(self, gradient: Tensor) -> None:
         """Importance of a channel: the mean square of ∂loss/∂z at z = 1 (Molchanov et al., CVPR 2019, eq. 8)."""
-        gradient = self._seen()[1].grad
-        if gradient is not None:
-            self._heard += gradient.square()
+        self._heard += gradient.square()
+
+    def _ranks(self) -> Tensor:
+        """ψ, [channels]; before it begins what it would begin with now: ½ ln importance, so that e^{2ψ} is what was
+        heard."""
+        logits = self.logits.detach()
+        if self._begun or not self.schedule.projected:
+            return logits
+        heard = self._heard / self._heard.mean().clamp_min(1e-30)
+        return 0.5 * torch.log(heard + 1e-6) + logits
 
     def _begin(self) -> None:
-        """ψ = ½ ln importance, so that e^{2ψ} is the importance that was heard."""
-        heard = self._heard / self._heard.mean().clamp_min(1e-30)
+        """ψ takes up what was heard, by all processes where there are many: each has its own images."""
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(self._heard)
         with torch.no_grad():
-            self.logits.copy_(0.5 * torch.log(heard + 1e-6) + self.logits)
+            self.logits.copy_(self._ranks())
         self._begun = True
         self._project()
         self._shift.copy_(self._goal)
 
     def scores(self) -> np.ndarray:
         """Value of every channel for the projection, float64 [channels]; rising in ψ, so ψ alone ranks."""
-        logits = self.logits.detach().double().cpu().numpy()
+        logits = self._ranks().double().cpu().numpy()
         values: np.ndarray = np.exp(2.0 * np.clip(logits, -30.0, 30.0))
         return values
 

@@ -2,8 +2,11 @@
 
 import copy
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -221,3 +224,126 @@ def test_checkpointed_activations_are_refused_before_they_spoil_a_gradient():
     chip.eval()(EXAMPLE)
     with pytest.raises(UsageError, match="checkpoints activations"):
         chip.train()(EXAMPLE)
+
+
+def loop(passes, steps=20, **options):
+    """A phase that ends while the gates listen; `passes(chip, images, labels)` makes the gradients of a step."""
+    model = network()
+    model.eval()  # norms by their stored statistics: halves of a batch add up to the whole
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    chip = ChipNet(model, EXAMPLE, cd.Budget("flops", 0.3), steps=steps * 20, **options)
+    for images, labels in batches(steps):
+        optimizer.zero_grad()
+        passes(chip, images, labels)
+        optimizer.step()
+        chip.step()
+    return chip
+
+
+def once(chip, images, labels):
+    chip.loss(F.cross_entropy(chip(images), labels)).backward()
+
+
+def halves(chip, images, labels):
+    for part in (slice(0, 16), slice(16, 32)):
+        chip.loss(F.cross_entropy(chip(images[part]), labels[part]) / 2).backward()
+
+
+def logged(chip, images, labels):
+    once(chip, images, labels)
+    with torch.no_grad():
+        chip(images).argmax(1)
+
+
+def test_what_is_heard_adds_up_over_the_passes_of_a_step():
+    heard = loop(once)._heard
+    assert heard.sum() > 0
+    torch.testing.assert_close(loop(halves)._heard, heard, rtol=1e-3, atol=1e-6)
+    assert torch.equal(loop(logged)._heard, heard)
+
+
+def test_a_gradient_that_is_not_finite_teaches_nothing():
+    def overflowing(chip, images, labels):
+        once(chip, images, labels)
+        if chip._step in (3, 60):
+            for leaf in (chip._open, chip.logits):
+                if leaf is not None and leaf.grad is not None:
+                    leaf.grad[0] = float("inf")
+            for weight in chip.model.parameters():
+                weight.grad = None  # as GradScaler skips the optimizer's step
+
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    chip = ChipNet(model, EXAMPLE, cd.Budget("flops", 0.3), steps=STEPS)
+    for images, labels in batches(STEPS):
+        optimizer.zero_grad()
+        overflowing(chip, images, labels)
+        optimizer.step()
+        chip.step()
+    assert chip._heard.isfinite().all()
+    assert chip.logits.isfinite().all()
+    assert abs(chip.soft_share() - 0.3) <= 0.02
+
+
+@pytest.mark.parametrize("steps", [1, STEPS])
+def test_a_step_without_a_gradient_is_refused(steps):
+    chip = ChipNet(network(), EXAMPLE, cd.Budget("flops", 0.3), steps=steps)
+    with torch.no_grad():
+        chip(EXAMPLE)
+    with pytest.raises(UsageError, match=r"call step\(\) after backward\(\)"):
+        chip.step()
+    chip(EXAMPLE)
+    with pytest.raises(UsageError, match=r"call step\(\) after backward\(\)"):
+        chip.step()
+
+
+def test_a_loop_that_ends_early_is_cut_by_what_was_heard_and_warned():
+    chip = loop(once)
+    assert chip.listening
+    assert not np.allclose(chip.scores(), chip.scores()[0])
+    with pytest.warns(UserWarning, match="after 20 of 400 steps.*steps=…"):
+        chip.folded()
+
+
+def test_what_is_no_number_of_steps_and_what_is_wrapped_is_refused():
+    for steps in (0, 2.5, "x"):
+        with pytest.raises(UsageError, match="steps must be"):
+            ChipNet(network(), EXAMPLE, cd.Budget("flops", 0.3), steps=steps)
+    with pytest.raises(UsageError, match="inside DataParallel; make the ChipNet of the model"):
+        ChipNet(torch.nn.DataParallel(network()), EXAMPLE, cd.Budget("flops", 0.3))
+    assert cd.Budget("flops", np.float32(0.25)).keep == 0.25
+
+
+WORKER = """
+import sys
+import torch
+import torch.nn.functional as F
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+sys.path.insert(0, sys.argv[3])
+import chipdeploy as cd
+from test_soft import EXAMPLE, batches, network
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+chip = cd.ChipNet(network(), EXAMPLE, cd.Budget("flops", 0.3), steps=30)
+optimizer = torch.optim.SGD(chip.model.parameters(), lr=0.01)
+both = DDP(chip)
+for images, labels in batches(30, seed=rank):
+    optimizer.zero_grad()
+    chip.loss(F.cross_entropy(both(images), labels)).backward()
+    optimizer.step()
+    chip.step()
+print(chip.plan().digest, chip.logits.sum().item(), chip.soft_share())
+"""
+
+
+def test_processes_that_train_together_make_one_plan(tmp_path):
+    arguments = [str(tmp_path / "store"), str(Path(__file__).parent)]
+    each = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), *arguments], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    first, second = (process.communicate(timeout=300)[0] for process in each)
+    assert [process.returncode for process in each] == [0, 0]
+    assert first == second != ""

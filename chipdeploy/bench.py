@@ -43,8 +43,8 @@ def bench_run(
 ) -> list[dict[str, Any]]:
     """Time the dense against the pruned network on every target at every batch size; all is kept in bench.json.
 
-    Times add up: those of other targets, batch sizes and numbers of threads stay there while their files, the CPU and the GPU are the same;
-    `tell` is told of the others, a line each.
+    Times add up: those of other targets, batch sizes and numbers of threads stay there while their files, the CPU and
+    the GPU are the same; `tell` is told of the others, a line each.
 
     On a GPU each batch size is timed twice: from host to host, and on the device by its own clock. `layers` adds the
     times of both networks' layers, from runs of their own.

@@ -47,7 +47,7 @@ class Budget:
     def __post_init__(self) -> None:
         if self.kind not in (*BUDGETS, LATENCY):
             raise UsageError(f"unknown budget {self.kind!r}; use one of {', '.join((*BUDGETS, LATENCY))}")
-        if not isinstance(self.keep, Real) or not 0.0 < self.keep < 1.0:
+        if not _is(Real, self.keep) or not 0.0 < self.keep < 1.0:
             raise UsageError(
                 f"the {self.kind} budget is the share that stays, between 0 and 1, got {self.keep!r}; try 0.3"
             )
@@ -57,6 +57,11 @@ class Budget:
     def cost(self) -> str:
         """The cost that is limited, a name in COSTS, or `latency`."""
         return BUDGETS.get(self.kind, self.kind)
+
+
+def _is(kind: type, value: object) -> bool:
+    """NumPy's numbers are numbers, too."""
+    return isinstance(value, kind)
 
 
 class ChipNet(nn.Module):
@@ -105,7 +110,7 @@ class ChipNet(nn.Module):
             raise UsageError(f'a budget is made by Budget("flops", 0.3), got {budget!r}')
         if budget.kind == LATENCY and cost is None:
             raise UsageError("a latency budget needs a measured profile; give cost=LatencyProfile.load(path).cost")
-        if not isinstance(steps, Integral) or steps < 1:
+        if not _is(Integral, steps) or steps < 1:
             raise UsageError(f"steps must be the number of training steps to come, 1 or more, got {steps!r}")
         if isinstance(model, DataParallel | DistributedDataParallel):
             raise UsageError(f"got a model inside {type(model).__name__}; make the ChipNet of the model, and wrap that")
@@ -163,9 +168,7 @@ class ChipNet(nn.Module):
         curve, gates = self._gates()
         if gates.requires_grad:
             gates.retain_grad()
-        if (
-            torch.is_grad_enabled() or self._last is None
-        ):  # a look at validation images between two steps counts nothing
+        if torch.is_grad_enabled() or self._last is None:  # a look at images without gradients counts nothing
             self._last = (curve, gates)
         looked_at = self._checked or not (self.model.training and torch.is_grad_enabled())
         with nullcontext() if looked_at else no_checkpointing():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ COARSE = 1e-2  # for any other type
 EQUAL = (8, 2)
 MOST_EQUAL = 6
 MOST_JOINED = 8
+THOROUGH = 2  # trials that are made with all weights there are
+MORE_SEEDS = 3  # of loud weights, where groups are not heard with the first ones
+SILENT = 1e-6  # of the largest gradient: below it a group's gates do not count in the output
 # What networks raise on tensors that they were not made for.
 ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError)
 
@@ -58,34 +62,68 @@ class Trials:
     """A network cut by a few plans and compared with its gated self, in eval mode.
 
     Rules decide what may be cut; this looks at what they cannot see, such as numbers written into the forward pass.
-    Both networks compute with loud weights, and with their own only where those overflow. The first plan is tried on
-    the example, the others on one image more where the network takes that: it may take the batch apart, too.
-    On the meta device only shapes are compared.
+    Both networks compute with loud weights, and with others only where those overflow; the first plans with all of
+    them. Where the output does not hear some gates, since a ReLU behind them is closed, the plans are tried once more
+    with weights by which it does. The first plan is tried on the example, the others on one image more where the
+    network takes that: it may take the batch apart, too. On the meta device only shapes are compared.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.inputs = inputs
-        self._networks = (model,) if inputs[0].is_meta else (randomize(copied(model)).eval(), model)
+        self._model = model
+        self._networks: tuple[nn.Module, ...] = (model,)
+        if not inputs[0].is_meta:
+            self._networks = (self._loud(0), self._loud(1), model)
         if not inputs[0].is_meta:
             _check_own(self._networks[0], model, inputs)
         more = _one_more(inputs)
         with torch.no_grad(), evaluating(model):
             self.larger = more if _runs(self._networks[0], more) else inputs
 
+    def _loud(self, seed: int) -> nn.Module:
+        """A copy with weights that hide little; of odd seeds without negative biases, scales and gains."""
+        loud = randomize(copied(self._model), seed=seed, positive=seed % 2 == 1)
+        loud.eval()
+        return loud
+
     def failure(self, graph: ChannelGraph) -> Failure | None:
         """The first cut that goes wrong."""
         gating = Gating(graph, self.inputs[0].device)
+        return self._tried(graph, gating, self._networks) or self._unheard(graph, gating) or self._in_training(graph)
+
+    def _tried(self, graph: ChannelGraph, gating: Gating, networks: Sequence[nn.Module]) -> Failure | None:
+        """The first of the trials that goes wrong."""
         for number, trial in enumerate(_trials(graph)):
+            inputs = self.larger if number else self.inputs
             try:
-                self._compare(graph, gating, trial.mask, self.larger if number else self.inputs)
+                _compare(networks, graph, gating, trial.mask, inputs, thorough=number < THOROUGH)
             except Stopped as found:
                 return Failure(found.text, found.path, trial.mask, trial.dead, trial.vanished)
-        return self._in_training(graph)
+        return None
+
+    def _unheard(self, graph: ChannelGraph, gating: Gating) -> Failure | None:
+        """The first trial that goes wrong where groups are heard that are silent with the first weights."""
+        if self.inputs[0].is_meta:
+            return None
+        first, *others = self._networks
+        silent = _silent(first, graph, gating, self.larger)
+        more = (self._loud(seed) for seed in range(2, 2 + MORE_SEEDS))
+        for network in chain(others, more):
+            if not silent.any():
+                return None
+            still = _silent(network, graph, gating, self.larger)
+            if (silent & ~still).any() and (failure := self._tried(graph, gating, (network,))):
+                return failure
+            silent &= still
+        if silent.all():
+            return Failure("nothing in the network changes its output on the example, so no cut can be compared", None)
+        return None
 
     def check(self, graph: ChannelGraph, mask: Mask) -> None:
         """Raises ModelError where the cut by this very plan goes wrong, with a group that is to be kept."""
         try:
-            self._compare(graph, Gating(graph, self.inputs[0].device), mask, self.inputs)
+            gating = Gating(graph, self.inputs[0].device)
+            _compare(self._networks, graph, gating, mask, self.inputs, thorough=True)
         except Stopped as found:
             group = self.culprit(graph, mask)
             keep = "" if group is None else f"; keep {graph.groups[group].name!r} whole by --exclude"
@@ -98,8 +136,8 @@ class Trials:
         def holds(count: int) -> bool:
             part = np.where(graph.group_of < count, mask, True)
             try:
-                self._compare(graph, gating, part, self.inputs)
-                self._compare(graph, gating, part, self.larger)
+                for inputs in (self.inputs, self.larger):
+                    _compare(self._networks, graph, gating, part, inputs, thorough=True)
             except Stopped:
                 return False
             return True
@@ -111,22 +149,6 @@ class Trials:
             middle = (low + high) // 2
             low, high = (middle, high) if holds(middle) else (low, middle)
         return low
-
-    def _compare(self, graph: ChannelGraph, gating: Gating, mask: Mask, inputs: Inputs) -> None:
-        """Raises Stopped where the cut network does not run or differs."""
-        for network in self._networks:
-            with torch.no_grad(), evaluating(network):
-                gap = _gap(network, graph, gating, mask, inputs)
-            if gap is not None:
-                break
-        if gap is None:
-            raise Stopped("the network's output is not finite on the example: check its weights and the example")
-        if gap > 0:
-            raise Stopped(
-                f"the cut network differs from the gated one by {gap:.1e} of its largest output; the forward holds "
-                "or compares numbers of channels, or is random, and chipdeploy cannot follow: take numbers from "
-                "tensors' shapes, and choose the way in __init__"
-            )
 
     def _in_training(self, graph: ChannelGraph) -> Failure | None:
         """Where the network trains its cut must, too: eval mode leaves out parts such as auxiliary heads."""
@@ -146,6 +168,56 @@ class Trials:
         except Stopped as stopped:
             return stopped
         return None
+
+
+def _compare(
+    networks: Sequence[nn.Module],
+    graph: ChannelGraph,
+    gating: Gating,
+    mask: Mask,
+    inputs: Inputs,
+    *,
+    thorough: bool,
+) -> None:
+    """Raises Stopped where a cut network does not run or differs; tries the first network of finite outputs, or all."""
+    finite = False
+    for network in networks:
+        with torch.no_grad(), evaluating(network):
+            gap = _gap(network, graph, gating, mask, inputs)
+        if gap is None:
+            continue
+        if gap > 0:
+            raise Stopped(
+                f"the cut network differs from the gated one by {gap:.1e} of its largest output; the forward holds "
+                "or compares numbers of channels, or is random, and chipdeploy cannot follow: take numbers from "
+                "tensors' shapes, and choose the way in __init__"
+            )
+        finite = True
+        if not thorough:
+            return
+    if not finite:
+        raise Stopped("the network's output is not finite on the example: check its weights and the example")
+
+
+def _silent(network: nn.Module, graph: ChannelGraph, gating: Gating, inputs: Inputs) -> np.ndarray:
+    """Whether a group's open gates do not count in the output, bool [groups]; none where that cannot be told."""
+    gates = torch.ones(graph.channels, device=inputs[0].device, dtype=_dtype(network), requires_grad=True)
+    draw = torch.Generator().manual_seed(0)
+    none = np.zeros(len(graph.groups), dtype=np.bool_)
+    try:
+        with torch.enable_grad(), evaluating(network):
+            outputs = _floating(gated_call(network, gating, gates, *_copies(inputs)))
+            # By random weights: what a softmax gives adds up to 1, whatever its gates.
+            parts = [(x * torch.randn(x.shape, generator=draw).to(x)).sum() for x in outputs]
+            (gradient,) = torch.autograd.grad(torch.stack(parts).sum(), gates, materialize_grads=True)
+    except (*ERRORS, ModelError):
+        return none
+    strengths = gradient.abs().double().cpu().numpy()
+    if not np.isfinite(strengths).all():
+        return none
+    heard = np.zeros(len(graph.groups))
+    np.maximum.at(heard, graph.group_of, strengths)
+    return np.asarray(heard <= SILENT * heard.max())
 
 
 def prove(model: nn.Module, graph: ChannelGraph, example: Tensor | Inputs) -> None:
@@ -245,6 +317,8 @@ def _gap(network: nn.Module, graph: ChannelGraph, gating: Gating, mask: Mask, in
         expected = gated_call(network, gating, gates, *_copies(inputs))
     except (*ERRORS, ModelError) as error:
         raise Stopped(f"the gated network does not run: {_first_line(error)}") from error
+    if not _floating(expected):
+        raise Stopped("in eval mode the model returns no real numbers by which a cut could be compared; return logits")
     if not _finite(expected):
         return None
     gap = difference(expected, got)
@@ -348,6 +422,12 @@ def _one_more(inputs: Inputs) -> Inputs:
     """The batch with its first sample once again at the end."""
     count = inputs[0].shape[:1]
     return tuple(torch.cat([x, x[:1]]) if x.dim() and x.shape[:1] == count else x for x in inputs)
+
+
+def _floating(outputs: object) -> list[Tensor]:
+    """Its tensors of real numbers; complex ones by their parts."""
+    tensors = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
+    return [torch.view_as_real(x) if x.is_complex() else x for x in tensors if x.is_floating_point() or x.is_complex()]
 
 
 def _finite(outputs: object) -> bool:

@@ -25,12 +25,13 @@ from chipdeploy.graph.channels import (
     Slot,
     Tally,
 )
+from chipdeploy.graph.inline import hidden_graphs, inline_blocks, is_dark
 from chipdeploy.graph.labels import Ints, Labels
 from chipdeploy.graph.proof import Failure, Trials, evaluating
 from chipdeploy.graph.repair import repair
 from chipdeploy.graph.rules import RULES, Denied, Tracing
 from chipdeploy.graph.rules.base import Flow, op_name, tensor_arguments
-from chipdeploy.graph.rules.fixed import count_fixed
+from chipdeploy.graph.rules.fixed import count_fixed, is_costly
 from chipdeploy.graph.settle import settle
 from chipdeploy.graph.simplify import drop_mean_weights
 from chipdeploy.quiet import quiet
@@ -57,7 +58,7 @@ def trace(model: nn.Module, example: Example, *, exclude: Sequence[str] = ()) ->
     """
     if hasattr(model, "_orig_mod"):
         raise UsageError("the model is compiled; give the module itself, and compile what is cut from it")
-    inputs, exclude = _inputs(example), (exclude,) if isinstance(exclude, str) else exclude
+    inputs, exclude = _inputs(model, example), (exclude,) if isinstance(exclude, str) else exclude
     program = export_program(model, inputs)
     trials = Trials(model, inputs)
     found = _search(model, trials, program, exclude)
@@ -69,8 +70,8 @@ def trace(model: nn.Module, example: Example, *, exclude: Sequence[str] = ()) ->
     return found
 
 
-def _inputs(example: Example) -> tuple[Tensor, ...]:
-    """Raises UsageError where the example is something else than tensors, or none of them is a batch."""
+def _inputs(model: object, example: Example) -> tuple[Tensor, ...]:
+    """Raises UsageError where the model is none, or the example something else than tensors, or none is a batch."""
     inputs = example if isinstance(example, tuple) else (example,)
     wrong = [type(each).__name__ for each in inputs if not isinstance(each, Tensor)]
     if wrong or not inputs:
@@ -78,6 +79,11 @@ def _inputs(example: Example) -> tuple[Tensor, ...]:
         raise UsageError(f"the example is a tensor, or a tuple of the model's input tensors; got {got}")
     if all(each.dim() == 0 for each in inputs):
         raise UsageError("the example is a batch of images [N, C, H, W]; got a single number")
+    if any(each.numel() == 0 for each in inputs):
+        raise UsageError(f"the example is a batch of images, e.g. 2; got {[list(each.shape) for each in inputs]}")
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise UsageError(f"the model is an nn.Module, got {got}; give an instance")
     return inputs
 
 
@@ -156,7 +162,7 @@ def export_program(model: nn.Module, inputs: tuple[Tensor, ...], *, training: bo
     """
     with evaluating(model), _handed_back(model), quiet():
         try:
-            return drop_mean_weights(torch.export.export(model.train(training), inputs))
+            return drop_mean_weights(inline_blocks(torch.export.export(model.train(training), inputs)))
         except Exception as error:  # the exporter raises many kinds; each means the same to the user
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(
@@ -240,6 +246,8 @@ def _apply(tracing: Tracing, node: Node, untouchable: set[str]) -> Flow:
     apply = RULES.get(op_name(node))
     several = isinstance(node.meta.get("val"), tuple | list)
     try:
+        if is_dark(node):
+            raise Denied("it runs without gradients, so nothing can be learnt of its channels")
         if apply is None:
             raise Denied("no rule for it")
         try:
@@ -255,6 +263,8 @@ def _apply(tracing: Tracing, node: Node, untouchable: set[str]) -> Flow:
         for value in tensor_arguments(node):
             _pin_inputs(tracing, value, reason, untouchable)
         tracing.reasons[node] = reason
+        if any(is_costly(inner) for graph in hidden_graphs(node) for inner in graph.graph.nodes):
+            raise ModelError(f"{reason}; the layers inside cannot be counted, take them out of there") from refusal
         try:
             count_fixed(tracing, node, reason)
         except Denied as unknown:

@@ -35,7 +35,7 @@ def test_the_shortest_name(text, name):
 def test_threads_are_of_the_cpu():
     Target.parse("ort-cpu").check_threads(4)
     Target.parse("trt-fp16").check_threads(1)
-    with pytest.raises(UsageError, match="trt-fp16 runs on a GPU.*, got 4; leave --threads out"):
+    with pytest.raises(UsageError, match=r"trt-fp16 runs on a GPU.*, got 4; leave --threads out"):
         Target.parse("trt-fp16").check_threads(4)
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import chipdeploy as cd
+from chipdeploy.chipnet.costs import CostModel
 from chipdeploy.errors import InputError, ModelError, UsageError
 from chipdeploy.graph import proof
 from chipdeploy.graph.gating import Gating, gated_call
@@ -175,8 +177,8 @@ def test_a_plan_that_no_trial_foresaw_is_refused_with_a_group_to_keep(monkeypatc
     chip = cd.ChipNet(Base(b=Sides(16, 16), h=nn.Linear(32, 5)), EXAMPLE, cd.Budget("flops", 0.5))
     plan = PrunePlan({"b.one.0": tuple(range(8)), "b.two.0": tuple(range(8, 16))})
     with pytest.raises(ModelError, match=r"cannot be cut: .* keep 'b.two.0' whole by --exclude"):
-        chip.folded(plan)
-    chip.folded(PrunePlan({"b.one.0": (1, 2, 3), "b.two.0": (4,)}))
+        chip.folded(plan, early=True)
+    chip.folded(PrunePlan({"b.one.0": (1, 2, 3), "b.two.0": (4,)}), early=True)
 
 
 class Projected(Base):
@@ -364,13 +366,6 @@ def weight_normed():
     return model
 
 
-class Classes(NonLocal):
-    """Only what is largest comes out, so a small difference is none, and a wrong class is all."""
-
-    def forward(self, x):
-        return super().forward(x).argmax(1)
-
-
 class Routed(Base):
     def forward(self, x):
         y = self.features(x).mean((2, 3))
@@ -383,6 +378,27 @@ class NoGrad(Base):
         return super().forward(x)
 
 
+class TwoWays(Base):
+    """Layers in a graph that an op takes as an argument."""
+
+    def forward(self, x):
+        y = F.relu(self.a(x))
+        y = torch.cond(x.sum() > 0, lambda y: self.b(y), lambda y: self.b[0](y), (y,))
+        return self.h(y.mean((2, 3)))
+
+
+class Classes(Base):
+    """Only what is largest comes out: of three images a difference is none, or all."""
+
+    def forward(self, x):
+        return super().forward(x).argmax(1)
+
+
+class OneClass(Base):
+    def forward(self, x):
+        return super().forward(x)[:, :1].softmax(1)
+
+
 REFUSED = {
     "closure": (Closure, EXAMPLE, "lambda or closure"),
     "patched forward": (patched, EXAMPLE, "lambda or closure"),
@@ -390,7 +406,13 @@ REFUSED = {
     "weight norm": (weight_normed, EXAMPLE, "cannot be copied"),
     "fading in": (Fading, EXAMPLE, "differs from the gated one"),
     "routed": (Routed, EXAMPLE, "depends on what the images show"),
-    "hidden layers": (NoGrad, EXAMPLE, "wrap_with_set_grad_enabled"),
+    "no gradients": (NoGrad, EXAMPLE, "nothing to prune.*runs without gradients"),
+    "hidden layers": (TwoWays, EXAMPLE, "the layers inside cannot be counted"),
+    "classes": (Classes, EXAMPLE, "no real numbers by which a cut could be compared; return logits"),
+    "constant output": (OneClass, EXAMPLE, "nothing in the network changes its output"),
+    "no images": (Base, EXAMPLE[:0], r"a batch of images, e.g. 2; got \[\[0, 3, 16, 16\]\]"),
+    "class of models": (lambda: Base, EXAMPLE, "got the class Base; give an instance"),
+    "name of a model": (lambda: "resnet20", EXAMPLE, "got a str; give an instance"),
     "no batch": (Base, EXAMPLE[0], "no batch dimension|cannot be traced"),
     "list": (Base, [EXAMPLE], "got a list"),
     "nothing": (Base, (EXAMPLE, None), "got a NoneType"),
@@ -404,6 +426,67 @@ def test_it_is_refused_in_one_line(name):
     with pytest.raises((ModelError, UsageError), match=message) as caught:
         trace(make(), example)
     assert "\n" not in str(caught.value)
+
+
+class Darkened(Base):
+    """Part of it learns nothing, and part of it is under autocast."""
+
+    def __init__(self):
+        super().__init__(c=conv(16, 16), d=conv(16, 16))
+
+    def forward(self, x):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            y = F.relu(self.a(x))
+        y = F.relu(self.b(y))
+        with torch.autocast("cpu", enabled=False):
+            y = self.d(F.relu(self.c(y.float())))
+        return self.h(y.mean((2, 3)))
+
+
+def test_layers_without_gradients_or_under_autocast_are_counted():
+    model = Darkened()
+    graph = trace(model, EXAMPLE)
+    assert {group.name for group in graph.groups} == {"b.0", "c.0", "d.0"}
+    assert "without gradients" in next(pinned.reason for pinned in graph.pinned if pinned.name == "a.0")
+    with FlopCounterMode(display=False) as counter:
+        model(EXAMPLE[:1])
+    assert CostModel.of(graph, "macs").dense == counter.get_total_flops() / 2
+
+
+class Counting(nn.Module):
+    """Its output is a count, never below zero; the width of the stem is used as a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mid, self.last = conv(3, 8), conv(8, 8), conv(8, 8)
+        self.head = nn.Linear(8, 1)
+        nn.init.constant_(self.head.bias, 1.0)
+
+    def forward(self, x):
+        y = F.relu(self.stem(x))
+        y = F.relu(self.mid(y)) + 0.05 * y.shape[1]
+        return F.relu(self.head(F.relu(self.last(y)).mean((2, 3))))
+
+
+class Fused(Base):
+    """Three inputs weighted by what a ReLU leaves; one of them uses its width as a number."""
+
+    def __init__(self):
+        super().__init__(c=conv(16, 16), d=conv(16, 16), last=conv(16, 16))
+        self.w = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        y, w = F.relu(self.a(x)), F.relu(self.w)
+        y = w[0] * self.b(y) + w[1] * self.c(y) + w[2] * (self.d(y) + 0.1 * y.shape[1])
+        return self.h(F.relu(self.last(y)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [Counting, Fused])
+def test_faults_behind_a_closed_relu_are_found(make):
+    torch.manual_seed(0)
+    model = make()
+    first = "stem.0" if make is Counting else "a.0"
+    assert first in {pinned.name for pinned in trace(model, EXAMPLE).pinned}
 
 
 def test_a_compiled_model_is_refused():

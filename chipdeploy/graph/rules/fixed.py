@@ -16,6 +16,11 @@ RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 COSTLY = {*WEIGHTED, *PRODUCTS, *ADDED, *RECURRENT, "einsum", "scaled_dot_product_attention"}
 
 
+def is_costly(node: Node) -> bool:
+    """Whether an op may take MACs."""
+    return node.op == "call_function" and op_name(node) in COSTLY
+
+
 def count_fixed(tracing: Tracing, node: Node, reason: str) -> None:
     """Add a layer of constant width for an op that PyTorch's counter counts; other ops cost no MACs."""
     macs = _macs(node)

@@ -16,8 +16,10 @@ from chipdeploy.training.data import ImageData, load_data
 from chipdeploy.training.distill import Teacher
 from chipdeploy.training.loop import Watcher, train_epoch
 from chipdeploy.training.models import build_model
+from chipdeploy.training.models.origin import code_digest, own_file
 from chipdeploy.training.orthogonal import OrthogonalSGD
 from chipdeploy.training.recipes import Recipe, recipe
+from chipdeploy.training.seeding import seed_all
 
 LEARNT_EPOCHS = 30  # a dense network trained for fewer has less to teach than the images have
 
@@ -57,13 +59,19 @@ class Job:
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Digests of what the settings only name: data, their images, and the file of a model that comes from one."""
+        """Digests of what the settings only name: data, their images, and the code of a model of the user's own."""
         data = {"data": self.data.digest, "images": self.data.images_digest}
         return data | model_digest(self.config.model)
 
+    @property
+    def given_weights(self) -> dict[str, str]:
+        """{"weights": sha256} where dense weights are given, nothing where they are trained."""
+        given = self.config.weights if isinstance(self.config, PruneConfig) else None
+        return {"weights": digest(Path(given))} if given else {}
+
     def model(self) -> nn.Module:
         """A fresh network, its initial weights drawn from the seed."""
-        torch.manual_seed(self.config.seed)
+        seed_all(self.config.seed)
         model = build_model(
             self.config.model,
             num_classes=self.data.num_classes,
@@ -141,7 +149,7 @@ class Job:
             watcher=watcher,
             teacher=teacher,
             # A network of the user's own may count its steps, or draw from Python's random numbers.
-            replay=not model_digest(self.config.model),
+            replay=own_file(self.config.model) is None,
         )
 
 
@@ -164,8 +172,8 @@ def prepare(config: TrainConfig) -> Job:
 
 def model_digest(spec: str) -> dict[str, str]:
     """{"model": sha256} for a spec `FILE.py:FUNCTION`, nothing for other specs."""
-    path = Path(spec.rpartition(":")[0])
-    return {"model": digest(path)} if path.suffix == ".py" and path.is_file() else {}
+    path = own_file(spec)
+    return {"model": code_digest(path)} if path else {}
 
 
 def pick_device(name: str) -> torch.device:

@@ -24,7 +24,7 @@ from chipdeploy.latency.profiling import OnRound
 from chipdeploy.latency.store import FOLDER
 from chipdeploy.meeting import MEASURED, PROFILE, Meeting, arrange, keep_profile, projector_of
 from chipdeploy.pruning import Pruning
-from chipdeploy.result import DATA, DENSE, PLAN, PRUNED, RESULT, describe_data, summarise
+from chipdeploy.result import DATA, DENSE, PLAN, PRUNED, RESULT, answers, describe_data, summarise
 from chipdeploy.run import CONFIG, Run
 from chipdeploy.sizing import Sizing
 from chipdeploy.training.loop import Watcher, evaluate
@@ -135,7 +135,9 @@ def prune(
     validation = {"soft": pruning.best["val_soft"], "cut": pruning.best["val_cut"], "epoch": pruning.best["epoch"]}
     result = summarise(config, graph, plan, accuracy, meeting, pruning.best.get("met"))
     teacher = job.teacher(pruning.dense)
-    result |= {"validation": validation, "inputs": job.inputs, "distill": teacher.weight if teacher else 0.0}
+    result |= {"validation": validation, "inputs": pruning.inputs, "distill": teacher.weight if teacher else 0.0}
+    networks = {"dense": pruning.dense, "pruned": small}
+    result["answers"] = {name: answers(network, job.example) for name, network in networks.items()}
     if "memory" in pruning.best:
         result["memory"] = pruning.best["memory"]
     if "met" in pruning.best:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from chipdeploy import checkpoint
 from chipdeploy.chipnet.soft import LATENCY, Budget, ChipNet
 from chipdeploy.config import PruneConfig
-from chipdeploy.errors import RunError
 from chipdeploy.files import digest
 from chipdeploy.graph.channels import ChannelGraph, Mask
 from chipdeploy.graph.plan import PrunePlan, group_widths
@@ -40,7 +39,7 @@ class Pruning:
         self.config, self.job, self.run, self.watcher, self.meeting = config, job, run, watcher, meeting
         self.dense = job.model()
         load_weights(self.dense, dense)
-        self._inputs = {**job.inputs, "weights": digest(dense)}
+        self.inputs = {**job.inputs, "weights": digest(dense)}
         rules = job.recipe
         self.soft_epochs = config.soft_epochs or rules.soft_epochs
         self.finetune_epochs = rules.finetune_epochs if config.finetune_epochs is None else config.finetune_epochs
@@ -211,7 +210,7 @@ class Pruning:
             tensors |= checkpoint.pack(name, part)
         facts = {
             "phase": phase,
-            "inputs": self._inputs,
+            "inputs": self.inputs,
             "rows": self.rows,
             "best": self.best,
         }
@@ -222,9 +221,7 @@ class Pruning:
         if not path.is_file():
             return
         tensors, facts = checkpoint.load(path)
-        # Older versions did not write down all of them.
-        if changed := [name for name, now in self._inputs.items() if facts["inputs"].get(name, now) != now]:
-            raise RunError(f"the {changed[0]} of {self.run.path} changed since it was started; choose another --run")
+        self.run.check_inputs(facts["inputs"], self.inputs)
         self.rows, self.best = facts["rows"], facts["best"]
         prefix = "best."
         self.best_state = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from chipdeploy.chipnet.costs import COSTS, UNITS, CostModel
 from chipdeploy.chipnet.soft import LATENCY, Budget
@@ -14,6 +15,7 @@ from chipdeploy.config import PruneConfig
 from chipdeploy.errors import RunError
 from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.plan import PrunePlan, dead_branches, group_widths
+from chipdeploy.graph.proof import evaluating
 from chipdeploy.graph.surgery import hard_prune
 from chipdeploy.graph.trace import trace
 from chipdeploy.job import model_digest
@@ -21,6 +23,7 @@ from chipdeploy.meeting import Meeting, latency_facts, step
 from chipdeploy.run import CONFIG, Run, read_json
 from chipdeploy.training.data import ImageData
 from chipdeploy.training.models import build_model
+from chipdeploy.training.seeding import seeded
 from chipdeploy.training.weights import load_weights
 
 PRUNED, DENSE, PLAN, RESULT, DATA = (
@@ -30,6 +33,10 @@ PRUNED, DENSE, PLAN, RESULT, DATA = (
     "result.json",
     "data.json",
 )
+
+
+KNOWN_BY = 8  # numbers
+SAME = 1e-2  # of the largest of them: another device rounds otherwise, another network is further off
 
 
 def summarise(
@@ -119,7 +126,8 @@ def load(run_dir: str | Path, *, dense: bool = False) -> nn.Module:
     """The pruned network of a finished run (or its dense one), rebuilt from plan and safetensors, in eval mode.
 
     Raises:
-        RunError: no finished run, or a file that was changed after it was written.
+        RunError: no finished run, a file that was changed after it was written, or code that builds another network
+            now.
         ModelError: the model's own file is gone.
     """
     run = Run.open(Path(run_dir))
@@ -127,12 +135,30 @@ def load(run_dir: str | Path, *, dense: bool = False) -> nn.Module:
     config = read_json(run.check(CONFIG))
     spec = config["model"]
     channels, size = data["shape"][0], data["shape"][1]
-    model = build_model(spec, num_classes=len(data["classes"]), in_channels=channels, image_size=size)
-    if read_json(run.check(RESULT))["inputs"].get("model") != model_digest(spec).get("model"):
-        raise RunError(f"{spec.rpartition(':')[0]} was changed since {run.path} was made from it; make the run again")
+    with seeded(config["seed"]):  # what is drawn in __init__, and kept in no state dict, is as it was
+        model = build_model(spec, num_classes=len(data["classes"]), in_channels=channels, image_size=size)
+    result = read_json(run.check(RESULT))
+    if result["inputs"].get("model") != model_digest(spec).get("model"):
+        raise RunError(
+            f"{spec.rpartition(':')[0]}, or a file that it imports, was changed since {run.path} was made from it; "
+            "make the run again"
+        )
+    example = torch.randn(2, *data["shape"], generator=torch.Generator().manual_seed(0))
     if not dense:
-        example = torch.randn(2, *data["shape"], generator=torch.Generator().manual_seed(0))
         graph = trace(model, example, exclude=config["exclude"])
         model = hard_prune(model, graph, PrunePlan.from_dict(read_json(run.check(PLAN))))
     load_weights(model, run.check(DENSE if dense else PRUNED))
-    return model.eval()
+    model.eval()
+    known = result.get("answers", {}).get("dense" if dense else "pruned")  # older runs have none
+    if known and not np.allclose(answers(model, example), known, rtol=0, atol=SAME * max(map(abs, known))):
+        raise RunError(
+            f"the network of {run.path} answers otherwise than when it was made: something has changed that its "
+            "weights do not hold, such as an installed package; make the run again"
+        )
+    return model
+
+
+def answers(model: nn.Module, example: Tensor) -> list[float]:
+    """The first logits of a network for the example: enough to know it by."""
+    with evaluating(model), torch.no_grad():
+        return [float(value) for value in model(example).flatten()[:KNOWN_BY].float()]

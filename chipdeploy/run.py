@@ -190,6 +190,12 @@ class Run:
             raise RunError(f"{path} was changed after it was written (digest differs); {again or 'make the run again'}")
         return path
 
+    def check_inputs(self, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+        """Raises RunError where data, model or weights are others than when the run was begun, by their digests."""
+        # Older versions did not write down all of them.
+        if changed := [name for name, digest_now in now.items() if before.get(name, digest_now) != digest_now]:
+            raise RunError(f"the {changed[0]} of {self.path} changed since it was started; choose another --run")
+
     def finish(self, command: str) -> None:
         """Mark the run as done; the pointer to the latest run moves last."""
         manifest = self.manifest

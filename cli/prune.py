@@ -166,7 +166,7 @@ def prune_run(flags: dict[str, Any], config: Path | None, run: Path | None, runs
     from chipdeploy.pipeline import check_budget
     from chipdeploy.pipeline import prune as prune_network
     from chipdeploy.result import RESULT
-    from chipdeploy.run import Run
+    from chipdeploy.run import Run, read_json
 
     from .progress import rounds, watching
 
@@ -181,8 +181,10 @@ def prune_run(flags: dict[str, Any], config: Path | None, run: Path | None, runs
     directory = Run.create(runs, "prune", checked.model_dump(), path=run)
     with directory.locked():
         if directory.finished:
+            result = read_json(directory.check(RESULT))
+            directory.check_inputs(result["inputs"], job.inputs | job.given_weights)
             note(f"{directory.path} is finished already: nothing to do")
-            return directory.read(RESULT), directory.path
+            return result, directory.path
         note(f"run: {directory.path}")
         with watching() as watcher:
             dense = Path(checked.weights) if checked.weights else train_dense(job, runs / "dense", watcher)

@@ -1,6 +1,7 @@
 """The main job as a library: what is trained, kept, cut, resumed and loaded again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from chipdeploy.job import pick_device, prepare
 from chipdeploy.pipeline import check_budget, prune
 from chipdeploy.result import load
 from chipdeploy.run import Run
-from chipdeploy.training.loop import Silent
+from chipdeploy.training.loop import Silent, evaluate
 from chipdeploy.training.orthogonal import OrthogonalSGD
 from chipdeploy.training.weights import load_weights, save_weights
 
@@ -327,10 +328,66 @@ def test_a_changed_run_is_not_loaded(configure, go, name):
         load(run.path)
 
 
+DRAWN = NET.replace(
+    "        self.head =",
+    """        mix = torch.from_numpy(1 + np.random.rand(8)).float()
+        self.register_buffer("mix", mix.view(1, 8, 1, 1), persistent=False)
+        self.head =""",
+).replace("x = self.stem(x)", "x = self.stem(x) * self.mix * (1 + self.training * random.random())")
+
+
+def test_a_network_that_draws_for_itself_is_loaded_as_it_was_tested(configure, go, folder):
+    (folder / "net.py").write_text("import random\n\nimport numpy as np\n" + DRAWN)
+    run, result, _ = go(configure(train_epochs=1, soft_epochs=1, finetune_epochs=0))
+    weights = {name: digest(run.file(f"{name}.safetensors")) for name in ("dense", "pruned")}
+    before = np.random.rand(), torch.rand(1).item()
+    small, again = load(run.path), load(run.path)
+    assert torch.equal(small.mix, again.mix)
+    assert (np.random.rand(), torch.rand(1).item()) != before
+    job = prepare(configure())
+    for name in weights:
+        accuracy = evaluate(load(run.path, dense=name == "dense"), job.data.test, job.device)
+        assert accuracy == result["accuracy"][name]
+    shutil.rmtree(folder / "run")
+    shutil.rmtree(folder / "dense")
+    other, _, _ = go(configure(train_epochs=1, soft_epochs=1, finetune_epochs=0))
+    assert {name: digest(other.file(f"{name}.safetensors")) for name in weights} == weights
+
+
+def test_a_network_that_answers_otherwise_is_not_handed_out(configure, go):
+    run, result, _ = go(configure(train_epochs=1, soft_epochs=1, finetune_epochs=0))
+    result["answers"]["pruned"][1] += 0.1 * max(map(abs, result["answers"]["pruned"]))
+    run.write("result.json", result)
+    run.seal(["result.json"])
+    load(run.path, dense=True)
+    with pytest.raises(RunError, match="answers otherwise than when it was made"):
+        load(run.path)
+
+
+def test_what_the_models_file_imports_is_part_of_the_model(configure, go, folder):
+    (folder / "parts").mkdir()
+    (folder / "parts" / "__init__.py").write_text("from .bend import bend\n")
+    (folder / "parts" / "bend.py").write_text("from torch import relu as bend\n")
+    (folder / "net.py").write_text(
+        NET.replace("torch.relu(", "parts.bend(").replace("import nn", "import nn\nimport parts")
+    )
+    (folder / "unread.py").write_text("import nothing\n")
+    config = configure(train_epochs=1, soft_epochs=1, finetune_epochs=0)
+    run, _, _ = go(config)
+    (folder / "unread.py").write_text("changed = True\n")
+    load(run.path)
+    (folder / "parts" / "bend.py").write_text("from torch import tanh as bend\n")
+    with pytest.raises(RunError, match="or a file that it imports, was changed"):
+        load(run.path)
+    before = set((folder / "dense").glob("*.safetensors"))
+    train_dense(prepare(config), folder / "dense", Silent())
+    assert len(set((folder / "dense").glob("*.safetensors")) - before) == 1
+
+
 def test_a_run_is_not_loaded_into_a_changed_model(configure, go, folder):
     run, _, _ = go(configure(train_epochs=1, soft_epochs=1, finetune_epochs=0))
     (folder / "net.py").write_text(NET.replace("nn.ReLU", "nn.SiLU"))
-    with pytest.raises(RunError, match=r"net\.py was changed"):
+    with pytest.raises(RunError, match=r"net\.py, or a file that it imports, was changed"):
         load(run.path)
     (folder / "net.py").unlink()
     with pytest.raises(ModelError, match="does not exist"):

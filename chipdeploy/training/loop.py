@@ -15,6 +15,7 @@ from chipdeploy.errors import TargetError, UsageError
 from chipdeploy.training.autocast import autocast
 from chipdeploy.training.distill import Teacher
 from chipdeploy.training.replay import Replayed, replayable, set_rate
+from chipdeploy.training.seeding import seed_all
 from chipdeploy.training.splits import Split
 
 REPORT_EVERY = 20  # steps between two looks at the loss: reading it waits for the device
@@ -66,7 +67,7 @@ def train_epoch(
         TargetError: the loss is no finite number any more.
         UsageError: batch and images are too small for a norm layer.
     """
-    torch.manual_seed(seed)  # dropout and the like: an epoch is a function of its seed, so a resumed run is the same
+    seed_all(seed)  # dropout and the like: an epoch is a function of its seed, so a resumed run is the same
     network.train()
     chip = network if isinstance(network, ChipNet) else None
     total = torch.zeros((), device=device)

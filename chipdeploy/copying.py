@@ -29,8 +29,14 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         first = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         raise ModelError(
             f"the model cannot be copied: {first}; keep no activations, locks or files on modules, and no weights that "
-            "old-style weight_norm or torch.nn.utils.prune computes (remove them, or use parametrizations)"
+            "old-style weight_norm or torch.nn.utils.prune computes: bake them in by remove_weight_norm or prune.remove"
         ) from error
+
+
+def in_mode(model: nn.Module, *, training: bool = False) -> nn.Module:
+    """The model itself, put into eval mode or train mode: a `train` or `eval` of its own may forget to return it."""
+    model.train() if training else model.eval()
+    return model
 
 
 def _activations(model: nn.Module) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from chipdeploy.config import PruneConfig, TrainConfig
+from chipdeploy.copying import in_mode
 from chipdeploy.errors import MissingError
 from chipdeploy.files import digest
 from chipdeploy.training.data import ImageData, load_data
@@ -95,7 +96,7 @@ class Job:
         if weight is None:
             learnt = self.config.weights or (self.config.train_epochs or self.recipe.train_epochs) >= LEARNT_EPOCHS
             weight = self.recipe.distill if learnt else 0.0
-        return Teacher(dense.eval(), weight, self.recipe.temperature) if weight else None
+        return Teacher(in_mode(dense), weight, self.recipe.temperature) if weight else None
 
     def optimizer(self, model: nn.Module, keep: float | None = None) -> torch.optim.Optimizer:
         """SGD, with orthogonal steps where the recipe has a pace for them.

@@ -114,6 +114,11 @@ class ChipNet(nn.Module):
             raise UsageError(f"steps must be the number of training steps to come, 1 or more, got {steps!r}")
         if isinstance(model, DataParallel | DistributedDataParallel):
             raise UsageError(f"got a model inside {type(model).__name__}; make the ChipNet of the model, and wrap that")
+        if halves := {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}:
+            raise UsageError(
+                f"the model's weights are {halves.pop()}, too coarse for gates; prune model.float(), under autocast if "
+                "you like, and convert what is cut from it"
+            )
         self.model, self.budget = model, budget
         self.schedule = schedule or Schedule()
         self.graph = trace(model, example, exclude=exclude)

@@ -31,14 +31,14 @@ class TorchEngine:
     def __init__(self, model: nn.Module, target: Target, *, threads: int = 1) -> None:
         import torch
 
-        from chipdeploy.copying import copied
+        from chipdeploy.copying import copied, in_mode
 
         check_threads(threads)
         if target.on_gpu:
             require_gpu(target.name)
         self.target, self.threads = target, threads
         self._type = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[target.precision]
-        network = copied(model).to(target.device, self._type).eval()
+        network = in_mode(copied(model).to(target.device, self._type))
         self._network: Callable[[Tensor], Tensor] = network.to(memory_format=torch.channels_last)
         if target.mode == "compile":
             self._network = torch.compile(self._network, mode="max-autotune-no-cudagraphs" if target.on_gpu else None)

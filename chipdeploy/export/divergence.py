@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chipdeploy.copying import copied
+from chipdeploy.copying import copied, in_mode
 from chipdeploy.engines.base import Images
 from chipdeploy.export.probe import all_outputs
 
@@ -53,7 +53,7 @@ def first_divergence_from_torch(model: nn.Module, path: Path, images: Images, to
                 expected[n.name] = value.numpy()
             return value
 
-    network, pixels = copied(model).cpu().float().eval(), torch.from_numpy(images)
+    network, pixels = in_mode(copied(model).cpu().float()), torch.from_numpy(images)
     with torch.no_grad():
         Recorder(torch.export.export(network, (pixels,)).module()).run(pixels)
     return _sentence(expected, _outputs(path, images).items(), tolerance)

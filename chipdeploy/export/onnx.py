@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from chipdeploy.copying import copied
+from chipdeploy.copying import copied, in_mode
 from chipdeploy.errors import ExportError, UsageError
 from chipdeploy.files import atomic, digest
 from chipdeploy.quiet import quiet
@@ -179,7 +179,7 @@ def _traced(model: nn.Module, inputs: tuple[Tensor, ...], max_batch: int) -> tup
 
     with step("trace the network"), quiet():
         # Channels last would be traced as arithmetic on shapes.
-        network = copied(model).cpu().float().eval().to(memory_format=torch.contiguous_format)
+        network = in_mode(copied(model).cpu().float()).to(memory_format=torch.contiguous_format)
         # A batch of 1 would be taken for a constant.
         pairs = tuple(value[:2].clone() if len(value) > 1 else torch.cat([value, value]) for value in inputs)
         batch = torch.export.Dim(BATCH, min=1, max=max_batch)

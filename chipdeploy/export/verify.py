@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from chipdeploy.copying import copied
+from chipdeploy.copying import copied, in_mode
 from chipdeploy.engines.base import Engine, check_images
 from chipdeploy.engines.ort import CPU_PROVIDER, open_session
 from chipdeploy.errors import InputError, UsageError, VerificationError
@@ -148,7 +148,7 @@ def _verify(
 
 def _expected(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Values]:
     """All outputs of the network itself, in the file's order; the model stays in its mode and on its device."""
-    network = copied(model).cpu().float().eval()
+    network = in_mode(copied(model).cpu().float())
     with torch.inference_mode():
         returned = pytree.tree_leaves(network(*inputs))
     return [value.numpy() for value in returned if isinstance(value, Tensor)]

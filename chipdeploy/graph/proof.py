@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from chipdeploy.copying import copied
+from chipdeploy.copying import copied, in_mode
 from chipdeploy.errors import InputError, ModelError
 from chipdeploy.graph.channels import KEPT, ChannelGraph, Mask
 from chipdeploy.graph.gating import Gating, gated_call, swapped
@@ -82,9 +82,7 @@ class Trials:
 
     def _loud(self, seed: int) -> nn.Module:
         """A copy with weights that hide little; of odd seeds without negative biases, scales and gains."""
-        loud = randomize(copied(self._model), seed=seed, positive=seed % 2 == 1)
-        loud.eval()
-        return loud
+        return in_mode(randomize(copied(self._model), seed=seed, positive=seed % 2 == 1))
 
     def failure(self, graph: ChannelGraph) -> Failure | None:
         """The first cut that goes wrong."""
@@ -155,14 +153,14 @@ class Trials:
         on_gpu = [self.inputs[0].device] if self.inputs[0].is_cuda else []
         with torch.no_grad(), torch.random.fork_rng(on_gpu):
             found = self._trained(graph, random_mask(graph, 1, 0.4))
-            if found is None or not _runs(copied(self._networks[0]).train(), self.larger):
+            if found is None or not _runs(in_mode(copied(self._networks[0]), training=True), self.larger):
                 return None
             dead = self._trained(graph, random_mask(graph, 1, 0.0)) is None
         return Failure(f"in train mode {found.text}", found.path, dead=dead, training=True)
 
     def _trained(self, graph: ChannelGraph, mask: Mask) -> Stopped | None:
         """What stops a cut network in train mode."""
-        small = hard_prune(self._networks[0], graph, PrunePlan.from_mask(graph, mask)).train()
+        small = in_mode(hard_prune(self._networks[0], graph, PrunePlan.from_mask(graph, mask)), training=True)
         try:
             _run(small, self.larger)
         except Stopped as stopped:
@@ -309,7 +307,7 @@ def _gap(network: nn.Module, graph: ChannelGraph, gating: Gating, mask: Mask, in
     """
     gates = torch.from_numpy(mask).to(inputs[0].device, _dtype(network))
     try:
-        small = hard_prune(network, graph, PrunePlan.from_mask(graph, mask)).eval()
+        small = in_mode(hard_prune(network, graph, PrunePlan.from_mask(graph, mask)))
     except InputError as error:
         raise Stopped(str(error)) from error
     got = _run(small, inputs)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from chipdeploy.copying import in_mode
 from chipdeploy.errors import ModelError, UsageError
 from chipdeploy.graph.branches import BranchUse, find_branches
 from chipdeploy.graph.channels import (
@@ -162,7 +163,7 @@ def export_program(model: nn.Module, inputs: tuple[Tensor, ...], *, training: bo
     """
     with evaluating(model), _handed_back(model), quiet():
         try:
-            return drop_mean_weights(inline_blocks(torch.export.export(model.train(training), inputs)))
+            return drop_mean_weights(inline_blocks(torch.export.export(in_mode(model, training=training), inputs)))
         except Exception as error:  # the exporter raises many kinds; each means the same to the user
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from chipdeploy.copying import copied
+from chipdeploy.copying import copied, in_mode
 from chipdeploy.engines.base import Engine, Images, open_engine
 from chipdeploy.engines.build import BuildOptions, build_engine
 from chipdeploy.engines.cuda import this_gpu
@@ -80,7 +80,7 @@ class Rig:
             raise MissingError(
                 f"no GPU is here to measure {setting.target.name} on; use a machine with one, or ort-cpu"
             )
-        self._model = copied(model).to("cpu").eval().to(memory_format=torch.contiguous_format)
+        self._model = in_mode(copied(model).to("cpu")).to(memory_format=torch.contiguous_format)
         self._stack = ExitStack()
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="chipdeploy-")))
         draw = np.random.default_rng(0)
@@ -199,7 +199,7 @@ class Rig:
         return layer_seconds(engine.layer_times(self.images, runs), self._names)
 
     def _cut(self, mask: Mask) -> nn.Module:
-        return hard_prune(self._model, self.graph, PrunePlan.from_mask(self.graph, mask)).eval()
+        return in_mode(hard_prune(self._model, self.graph, PrunePlan.from_mask(self.graph, mask)))
 
     def _file(self, small: nn.Module, mask: Mask) -> Path:
         """The ONNX file of a cut network, in fp32."""

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import chipdeploy as cd
 from chipdeploy.chipnet.costs import CostModel
 from chipdeploy.errors import InputError, ModelError, UsageError
+from chipdeploy.export.verify import verify_onnx
 from chipdeploy.graph import proof
 from chipdeploy.graph.gating import Gating, gated_call
 from chipdeploy.graph.loud import randomize
@@ -487,6 +488,33 @@ def test_faults_behind_a_closed_relu_are_found(make):
     model = make()
     first = "stem.0" if make is Counting else "a.0"
     assert first in {pinned.name for pinned in trace(model, EXAMPLE).pinned}
+
+
+class Forgetful(Base):
+    """Its norms stay in eval mode, as in many detectors; nothing is returned."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.a[1].eval()
+
+    def eval(self):
+        super().eval()
+
+
+def test_a_model_whose_mode_switch_returns_nothing_is_cut_and_exported(tmp_path):
+    model = Forgetful()
+    model.train()
+    graph = trace(model, EXAMPLE)
+    assert model.training and not model.a[1].training
+    small = hard_prune(model, graph, PrunePlan.from_mask(graph, proof.random_mask(graph, 0, 0.0)))
+    file = cd.export_onnx(small, EXAMPLE, tmp_path / "small.onnx")
+    assert verify_onnx(small, file.path, EXAMPLE).max_relative_error <= 1e-4
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_gates_are_not_put_on_half_a_model(kind):
+    with pytest.raises(UsageError, match=rf"weights are {kind}, too coarse for gates; prune model\.float\(\)"):
+        cd.ChipNet(Base().to(kind), EXAMPLE.to(kind), cd.Budget("flops", 0.5))
 
 
 def test_a_compiled_model_is_refused():

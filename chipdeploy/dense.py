@@ -10,6 +10,7 @@ from typing import Any
 
 from chipdeploy import checkpoint
 from chipdeploy.config import TrainConfig
+from chipdeploy.errors import RunError
 from chipdeploy.files import digest
 from chipdeploy.job import Job
 from chipdeploy.run import make_folder, read_json, write_json
@@ -33,7 +34,7 @@ def train_dense(job: Job, folder: Path, watcher: Watcher) -> Path:
     key = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:12]
     path = folder / f"{Path(job.config.model).stem.replace(':', '-')}-{key}.safetensors"
     facts = path.with_suffix(".json")
-    if path.is_file() and facts.is_file() and read_json(facts)["sha256"] == digest(path):
+    if path.is_file() and facts.is_file() and _sealed(facts) == digest(path):
         return path
     make_folder(folder)
     model = job.model()
@@ -62,6 +63,14 @@ def train_dense(job: Job, folder: Path, watcher: Watcher) -> Path:
     write_json(facts, {"settings": settings, "metrics": rows, "sha256": digest(path)})
     saved.unlink(missing_ok=True)
     return path
+
+
+def _sealed(facts: Path) -> object:
+    """The digest of the weights that were written. Raises RunError for a file that does not say."""
+    try:
+        return read_json(facts)["sha256"]
+    except (RunError, LookupError, TypeError) as error:
+        raise RunError(f"{facts} is damaged; delete it, and the dense network is trained again") from error
 
 
 def _dense_rate(job: Job, before: int, total: int, step: int) -> float:

@@ -6,18 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from chipdeploy import checkpoint
+from chipdeploy.checking import check_model
 from chipdeploy.chipnet.costs import UNITS, CostModel
 from chipdeploy.chipnet.soft import Budget
 from chipdeploy.config import PruneConfig
 from chipdeploy.copying import copied
-from chipdeploy.errors import ModelError, UsageError
+from chipdeploy.errors import UsageError
 from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.loud import randomize
-from chipdeploy.graph.proof import evaluating
 from chipdeploy.graph.trace import trace
 from chipdeploy.job import Job
 from chipdeploy.latency.profiling import OnRound
@@ -56,7 +55,7 @@ def check_budget(
     if config.weights:
         load_weights(model, Path(config.weights))
     graph = trace(model, job.example, exclude=config.exclude)
-    _check_output(model, job.example, job.data.num_classes)
+    check_model(model, job.example, job.data.num_classes)
     size = _check_size(config, model, graph)
     meeting = arrange(config, model, graph, folder=profiles, run=run, on_round=on_round, tell=tell)
     if meeting and meeting.goal:
@@ -96,17 +95,6 @@ def _check_size(config: PruneConfig, model: nn.Module, graph: ChannelGraph) -> s
     with sizing:
         sizing.check()
     return f"; at most {sizing.text()}"
-
-
-def _check_output(model: nn.Module, example: Tensor, classes: int) -> None:
-    """Raises ModelError where the model gives something else than logits [N, classes]."""
-    with evaluating(model), torch.no_grad():
-        output = model(example)
-    if not isinstance(output, Tensor):
-        kind = type(output).__name__
-        raise ModelError(f"the model returns a {kind}; here one tensor [N, {classes}] is needed; see docs/own-model.md")
-    if tuple(output.shape) != (len(example), classes):
-        raise ModelError(f"the model returns {list(output.shape)} for {len(example)} images of {classes} classes")
 
 
 def prune(

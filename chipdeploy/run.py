@@ -134,6 +134,8 @@ class Run:
             raise RunError(f"{self.path} has schema {manifest.get('schema')}; this version reads schema {SCHEMA}")
         if not isinstance(manifest.get("sha256", {}), dict):
             raise RunError(f"{self.path / MANIFEST} is damaged: its digests are no object; make the run again")
+        if missing := [key for key in ("command", "status") if not isinstance(manifest.get(key), str)]:
+            raise RunError(f"{self.path / MANIFEST} is damaged: it has no {missing[0]}; make the run again")
         return manifest
 
     @property
@@ -165,9 +167,12 @@ class Run:
         if not path.is_file():
             return []
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
         except ValueError as error:
             raise RunError(f"{path} is damaged: {error}; delete it, or make the run again") from error
+        if not all(isinstance(row, dict) for row in rows):
+            raise RunError(f"{path} is damaged: a line of it holds no JSON object; delete it, or make the run again")
+        return rows
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Replace all metrics: after a resume, epochs that are run again do not stand twice."""

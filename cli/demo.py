@@ -34,7 +34,7 @@ def demo(
     from .bench import comparison
     from .prune import prune_run
 
-    result, folder = prune_run(SETTINGS | {"seed": seed or 0}, None, None, runs)
+    result, folder = prune_run(SETTINGS | {"seed": seed}, None, None, runs)
     run = Run.open(folder)
     with run.locked():
         note("exporting and verifying")

@@ -17,7 +17,7 @@ from chipdeploy import __version__
 from chipdeploy.errors import ChipdeployError
 
 from . import bench, calibrate, demo, doctor, export, inspect, profile, prune, report, train
-from .output import failure, note, print_json
+from .output import failure, note, one_object, print_json
 
 INTERRUPTED = 130
 # What an interrupted command keeps; the others begin again, and leave what was there before.
@@ -84,6 +84,11 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """One call of the command line; returns the exit code."""
     as_json = "--json" in arguments
+    with one_object() if as_json else contextlib.nullcontext():
+        return _run(arguments, as_json)
+
+
+def _run(arguments: list[str], as_json: bool) -> int:
     try:
         code = app(arguments, prog_name="chipdeploy", standalone_mode=False)
     except typer.Exit as leave:

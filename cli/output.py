@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from rich.console import Console
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from chipdeploy.errors import ChipdeployError
 
 SCHEMA = 1
+_answer: TextIO | None = None  # where the object of --json goes while nothing else may go there
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -52,9 +55,21 @@ def own_images(channels: int, image_size: int) -> tuple[str | None, str]:
     return "DATA", f"   (DATA: your images, {channels}x{image_size}x{image_size})"
 
 
+@contextlib.contextmanager
+def one_object() -> Iterator[None]:
+    """Inside, stdout is kept for `print_json`: what a model of the user's own prints goes to stderr."""
+    global _answer
+    _answer = sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _answer = None
+
+
 def print_json(facts: dict[str, Any]) -> None:
     """The one object of `--json`."""
-    sys.stdout.write(json.dumps({"schema": SCHEMA, **facts}) + "\n")
+    (_answer or sys.stdout).write(json.dumps({"schema": SCHEMA, **facts}) + "\n")
 
 
 def print_outcome(facts: dict[str, Any], error: ChipdeployError | None) -> None:

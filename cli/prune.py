@@ -11,6 +11,7 @@ from . import options
 from .output import console, note, print_outcome, quoted
 
 if TYPE_CHECKING:
+    from chipdeploy.config import PruneConfig
     from chipdeploy.errors import TargetError
 
 Share = Annotated[str | None, typer.Option(metavar="SHARE")]
@@ -159,6 +160,7 @@ def prune_run(flags: dict[str, Any], config: Path | None, run: Path | None, runs
     if not any(name in values for name in ("keep", *LATENCY_GOALS)):
         raise UsageError("no budget: give one of --flops, --params, --channels, --volume, --latency, e.g. --flops 0.3")
     checked = build(PruneConfig, values)
+    note_idle(flags, checked)
 
     from chipdeploy.dense import train_dense
     from chipdeploy.job import prepare
@@ -189,6 +191,19 @@ def prune_run(flags: dict[str, Any], config: Path | None, run: Path | None, runs
         with watching() as watcher:
             dense = Path(checked.weights) if checked.weights else train_dense(job, runs / "dense", watcher)
             return prune_network(checked, job, directory, dense, watcher, meeting), directory.path
+
+
+def note_idle(flags: dict[str, Any], config: PruneConfig) -> None:
+    """Say which flags were given that change nothing in this run."""
+    timed = config.kind == "latency" or config.align == "auto"
+    idle = {
+        "there is no latency goal": () if timed else ("on", "threads", "via", "profile", "minutes"),
+        "there is no latency goal and no --max-size-mb": () if timed or config.max_size_mb else ("bench_batch",),
+        "the weights are given": ("train_epochs",) if config.weights else (),
+    }
+    for reason, names in idle.items():
+        if given := ["--" + name.replace("_", "-") for name in names if flags.get(name) is not None]:
+            note(f"note: {reason}, so nothing comes of {', '.join(given)}")
 
 
 def missed(result: dict[str, Any]) -> TargetError | None:

@@ -30,6 +30,7 @@ def train(
     json: options.Json = False,
 ) -> None:
     """Train a dense network and keep it: 'prune' with the same settings starts from it."""
+    from chipdeploy.checking import check_model
     from chipdeploy.config import TrainConfig, build, settings
     from chipdeploy.dense import train_dense
     from chipdeploy.job import prepare
@@ -52,6 +53,7 @@ def train(
         "device": device,
     }
     job = prepare(build(TrainConfig, settings(TrainConfig, flags, config)))
+    check_model(job.model(), job.example, job.data.num_classes)
     with watching() as watcher:
         path = train_dense(job, runs / "dense", watcher)
     facts = read_json(path.with_suffix(".json"))

@@ -132,7 +132,7 @@ def load_data(
         spec: one of `data_names()`.
         root: folder of data sets that are not part of the package.
         val_fraction: share of the training images that becomes the validation split, at least one image. Not used
-            where a folder has validation images.
+            where the data have validation images.
         seed: chooses those images; nothing else depends on it.
         mean: mean of each channel, for pixels in [0, 1]. None takes the published one, or that of the training split.
         std: standard deviation of each channel; None as for `mean`.
@@ -150,17 +150,24 @@ def load_data(
     if isinstance(source, Arrays):
         _check_images(spec, "x_train", source.x_train, image_size)
         _check_images(spec, "x_test", source.x_test, image_size)
+        if source.x_val is not None:
+            _check_images(spec, "x_val", source.x_val, image_size)
     classes = _check_labels(spec, source)
     val_indices, train_indices = _split(len(source.y_train), val_fraction, seed)
     if isinstance(source, Files):
         parts = _folder_parts(source, train_indices, val_indices)
         return _folder_data(spec, source, parts, mean, std, image_size or _FOLDER_SIZE)
     x_train, x_test = _images(source.x_train, image_size), _images(source.x_test, image_size)
-    if x_train.shape[1:] != x_test.shape[1:]:
-        raise DataError(
-            f"{spec}: x_train has images of {_size(x_train)} and x_test of {_size(x_test)}; store them alike"
-        )
     y_train, y_test = _as_labels(source.y_train), _as_labels(source.y_test)
+    x_val, y_val = x_train[val_indices], y_train[val_indices]
+    if source.x_val is not None and source.y_val is not None:
+        x_val, y_val = _images(source.x_val, image_size), _as_labels(source.y_val)
+        train_indices = torch.arange(len(x_train))
+    for part, images in (("test", x_test), ("val", x_val)):
+        if x_train.shape[1:] != images.shape[1:]:
+            raise DataError(
+                f"{spec}: x_train has images of {_size(x_train)} and x_{part} of {_size(images)}; store them alike"
+            )
     own_mean, own_std = source.mean, source.std
     training = x_train[train_indices]
     if own_mean is None or own_std is None:
@@ -170,7 +177,7 @@ def load_data(
     return ImageData(
         name=spec,
         train=MemorySplit(training, y_train[train_indices], mean, std),
-        val=MemorySplit(x_train[val_indices], y_train[val_indices], mean, std),
+        val=MemorySplit(x_val, y_val, mean, std),
         test=MemorySplit(x_test, y_test, mean, std),
         classes=classes,
         mean=mean,
@@ -218,7 +225,7 @@ def _read(spec: str, root: Path | None) -> Arrays | Files:
 def _check_labels(spec: str, source: Arrays | Files) -> tuple[str, ...]:
     """Names of the classes, once the labels of both parts are known to be numbers of them."""
     parts = [("train", source.x_train, source.y_train), ("test", source.x_test, source.y_test)]
-    if isinstance(source, Files) and source.x_val is not None and source.y_val is not None:
+    if source.x_val is not None and source.y_val is not None:
         parts.append(("val", source.x_val, source.y_val))
     for part, images, labels in parts:
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
@@ -239,6 +246,8 @@ def _check_labels(spec: str, source: Arrays | Files) -> tuple[str, ...]:
             raise DataError(
                 f"{spec}: y_{part} lies in {low} … {high}, must lie in 0 … {limit - 1}; number the classes from 0"
             )
+    if source.classes is None and not any((labels == 0).any() for _, _, labels in parts):
+        raise DataError(f"{spec}: no image has the label 0; number the classes from 0, e.g. y_train - 1")
     return source.classes or tuple(str(label) for label in range(limit))
 
 

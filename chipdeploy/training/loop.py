@@ -139,11 +139,10 @@ def evaluate(network: nn.Module, split: Split, device: torch.device) -> float:
     training = network.training
     network.eval()
     right = torch.zeros((), dtype=torch.int64, device=device)
-    for images, labels in split.batches(EVALUATION_BATCH, device=device):
-        at_once = max(1, EVALUATION_PIXELS // images.shape[2:].numel())
+    size = min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // split.pixels))
+    for images, labels in split.batches(size, device=device):
         with autocast(device):
-            answers = torch.cat([network(some).argmax(1) for some in torch.split(images, at_once)])
-        right += (answers == labels).sum()
+            right += (network(images).argmax(1) == labels).sum()
     network.train(training)
     return float(right) / len(split)
 

@@ -22,8 +22,10 @@ _MINI = "fashion-mini.npz"
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 _IDX_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 _NPZ_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+_NPZ_MORE = ("x_val", "y_val")  # both, or neither
 _IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 _TINY_SIZE = 64
+_CHECKED_AT_ONCE = 50_000  # training images; more would take minutes before every command
 _FASHION_CLASSES = (
     "T-shirt/top",
     "Trouser",
@@ -60,6 +62,8 @@ class Arrays:
         classes: names of the labels; None takes the labels' numbers.
         mean: published mean of each channel, for pixels in [0, 1]; None computes it.
         std: published standard deviation of each channel, for pixels in [0, 1]; None computes it.
+        x_val: as x_train; None where the validation images are to be taken from the training images.
+        y_val: as y_train.
     """
 
     x_train: NDArray[Any]
@@ -69,6 +73,8 @@ class Arrays:
     classes: tuple[str, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    x_val: NDArray[Any] | None = None
+    y_val: NDArray[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def read_fashion_mini() -> Arrays:
 
 
 def read_npz(path: Path) -> Arrays:
-    """An .npz file with x_train, y_train, x_test and y_test.
+    """An .npz file with x_train, y_train, x_test and y_test; x_val and y_val if there are validation images.
 
     Raises:
         DataError: the file is missing or damaged, holds Python objects, or lacks an array.
@@ -103,16 +109,17 @@ def read_npz(path: Path) -> Arrays:
         raise DataError(f"data file {str(path)!r} does not exist; give npz:FILE")
     try:
         with np.load(path, allow_pickle=False) as stored:
-            found = {name: stored[name] for name in _NPZ_ARRAYS if name in stored}
+            found = {name: stored[name] for name in (*_NPZ_ARRAYS, *_NPZ_MORE) if name in stored}
     except Exception as error:  # An untrusted file can fail anywhere in its reader; it means the same everywhere.
         raise DataError(
             f"data file {str(path)!r} is damaged or no .npz of plain arrays ({type(error).__name__}); "
             "write it with numpy.savez_compressed"
         ) from error
-    missing = [name for name in _NPZ_ARRAYS if name not in found]
+    wanted = (*_NPZ_ARRAYS, *_NPZ_MORE) if found.keys() & {*_NPZ_MORE} else _NPZ_ARRAYS
+    missing = [name for name in wanted if name not in found]
     if missing:
-        raise DataError(f"data file {str(path)!r} lacks {', '.join(missing)}; it must hold {', '.join(_NPZ_ARRAYS)}")
-    return Arrays(*(found[name] for name in _NPZ_ARRAYS))
+        raise DataError(f"data file {str(path)!r} lacks {', '.join(missing)}; it must hold {', '.join(wanted)}")
+    return Arrays(**found)
 
 
 def read_fashion_mnist(root: Path | None) -> Arrays:
@@ -182,8 +189,8 @@ def read_folder(folder: Path) -> Files:
     Where only one of val/ and test/ is there, it is the test set.
 
     Raises:
-        DataError: a folder is missing or empty, or has a class that train/ lacks; an image that is looked at only late,
-            after training, is damaged.
+        DataError: a folder is missing or empty, a class has no training images or train/ lacks it, or an image is
+            damaged. Of a large train/ the images are not looked at.
     """
     train, val, test = (folder / name for name in ("train", "val", "test"))
     held_out = [part for part in (test, val) if part.is_dir()] or [val]
@@ -192,7 +199,11 @@ def read_folder(folder: Path) -> Files:
             raise DataError(f"data folder {str(folder)!r} has no {part.name}/; it must hold train/ and val/ or test/")
     classes = tuple(path.name for path in _subfolders(train))
     parts = [_class_files(part, classes) for part in (train, *held_out)]
-    _check_images([path for paths, _ in parts[1:] for path in paths])
+    if empty := sorted(set(range(len(classes))) - set(parts[0][1].tolist())):
+        kinds = " ".join(sorted(_IMAGE_SUFFIXES))
+        raise DataError(f"{str(train / classes[empty[0]])!r} holds no images ({kinds}); fill it, or take it away")
+    few = parts if len(parts[0][0]) <= _CHECKED_AT_ONCE else parts[1:]  # others are met in the first epoch
+    _check_images([path for paths, _ in few for path in paths])
     (x_train, y_train), (x_test, y_test), *more = parts
     return Files(x_train, y_train, x_test, y_test, classes, *(more[0] if more else ()))
 

@@ -18,6 +18,7 @@ from chipdeploy.training.images import quiet_decoding, read_rgb
 
 _PAD = 4  # Pixels of black around an image before a crop of its own size is drawn (He et al. 2016, section 4.2).
 _WORKERS = 8
+_UNCOMPRESSED = frozenset({".bmp", ".pgm", ".ppm", ".tif", ".tiff"})
 _WORTH_WORKERS = 512  # Below this many images, starting processes takes longer than decoding.
 
 
@@ -25,6 +26,11 @@ class Split(Protocol):
     """Images and labels of the training, validation or test part."""
 
     def __len__(self) -> int: ...
+
+    @property
+    def pixels(self) -> int:
+        """Of an image: height times width."""
+        ...
 
     def batches(
         self, size: int, *, seed: int | None = None, augment: bool = False, device: torch.device | str = "cpu"
@@ -102,6 +108,11 @@ class MemorySplit:
         return len(self._labels)
 
     @property
+    def pixels(self) -> int:
+        """See `Split.pixels`."""
+        return self._images.shape[1] * self._images.shape[2]
+
+    @property
     def labels(self) -> Tensor:
         """int64 [N]."""
         return self._labels
@@ -159,14 +170,24 @@ class FolderSplit:
         return len(self._paths)
 
     @property
+    def pixels(self) -> int:
+        """See `Split.pixels`."""
+        return self._image_size**2
+
+    @property
     def labels(self) -> Tensor:
         """int64 [N]."""
         return self._labels
 
     def contents(self) -> Iterator[bytes | memoryview]:
-        """See `Labelled.contents`. The folder of a class and the name in it: a data set may be moved."""
+        """See `Labelled.contents`. The folder of a class and the name in it: a data set may be moved.
+
+        Pixels that are not compressed always take the same room, so files of such formats are read.
+        """
         for path in self._paths:
             yield f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode(errors="surrogateescape")
+            if path.suffix.lower() in _UNCOMPRESSED:
+                yield path.read_bytes()
 
     def batches(
         self, size: int, *, seed: int | None = None, augment: bool = False, device: torch.device | str = "cpu"

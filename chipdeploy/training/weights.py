@@ -14,16 +14,17 @@ from chipdeploy.files import atomic
 
 # A BatchNorm's count of training steps changes no output, and many published files leave it out.
 _OPTIONAL = "num_batches_tracked"
-_WRAPPERS = ("state_dict", "model")
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, of torch.compile
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a state dict into `model`, in place; on any error the model is left as it was.
 
-    Reads .safetensors, and .pth or .pt without running code from them. `{"state_dict": …}` and `{"model": …}` are
-    unwrapped, and the prefix `module.` of a DataParallel model is removed. Names and shapes must be the model's own;
-    only `num_batches_tracked` may be absent.
+    Reads .safetensors, and .pth or .pt without running code from them. `{"state_dict": …}` and the like are unwrapped,
+    and the prefixes `module.` of a DataParallel model and `_orig_mod.` of a compiled one are removed. Names and shapes
+    must be the model's own; only `num_batches_tracked` may be absent.
 
     Raises:
         WeightsError: the file is missing, damaged, no state dict or of another model, or holds NaN or infinity.
@@ -31,8 +32,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     path = Path(path)
     state = _unwrapped(_read(path), path)
     own = model.state_dict()
-    if not all(name.startswith("module.") for name in own):
-        state = _without_prefix(state)
+    for prefix in 2 * _PREFIXES:  # one may stand inside the other
+        if not all(name.startswith(prefix) for name in own):
+            state = _without_prefix(state, prefix)
     _check_names(state, own, path)
     _check_values(state, own, path)
     model.load_state_dict(state, strict=False)
@@ -91,10 +93,10 @@ def _unwrapped(found: object, path: Path) -> dict[str, Tensor]:
     return dict(found)
 
 
-def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    if not all(name.startswith("module.") for name in state):
+def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    if not all(name.startswith(prefix) for name in state):
         return state
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
 def _check_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
@@ -121,7 +123,7 @@ def _check_values(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: 
                 f"weights file {str(path)!r} is of another model: {name!r} is {tuple(value.shape)} in the file and "
                 f"{tuple(own[name].shape)} in the model; build it with the file's widths, classes and channels"
             )
-        if value.is_floating_point() != own[name].is_floating_point():
+        if not name.endswith(_OPTIONAL) and value.is_floating_point() != own[name].is_floating_point():
             raise WeightsError(
                 f"weights file {str(path)!r} is of another model: {name!r} is {value.dtype} in the file and "
                 f"{own[name].dtype} in the model"

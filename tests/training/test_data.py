@@ -422,6 +422,33 @@ def test_damaged_tiny_imagenet(tmp_path, line, message):
     assert "is 10x20, must be 64x64" in refusal("tiny-imagenet", root=tmp_path)
 
 
+def test_an_npz_may_bring_its_own_validation_images(tmp_path):
+    path, pixels_of = tmp_path / "own.npz", lambda count, value: np.full((count, 8, 8, 3), value, np.uint8)
+    parts = {f"x_{name}": pixels_of(6, value) for name, value in (("train", 10), ("val", 20), ("test", 30))}
+    parts |= {f"y_{name}": np.arange(6) % 2 for name in ("train", "val", "test")}
+    np.savez(path, **parts)
+    data = load_data(f"npz:{path}")
+    assert [len(part) for part in (data.train, data.val, data.test)] == [6, 6, 6]
+    assert pixels(collect(data.val)[0], data).unique().tolist() == [20]
+    for wrong, message in (
+        ({"x_val": pixels_of(6, 20)[:, :4, :4]}, "x_val of 4x4x3; store them alike"),
+        ({"y_val": np.full(6, 5)}, "y_val lies in 5 … 5"),
+        ({"x_val": parts["x_val"].astype(np.float32)}, "x_val must be uint8"),
+    ):
+        np.savez(path, **parts | wrong)
+        assert message in refusal(f"npz:{path}")
+    del parts["y_val"]
+    np.savez(path, **parts)
+    assert "lacks y_val; it must hold x_train, y_train, x_test, y_test, x_val, y_val" in refusal(f"npz:{path}")
+
+
+def test_classes_are_numbered_from_0(tmp_path):
+    path = tmp_path / "from-1.npz"
+    images = np.zeros((6, 8, 8, 3), np.uint8)
+    np.savez(path, x_train=images, y_train=1 + np.arange(6) % 2, x_test=images, y_test=1 + np.arange(6) % 2)
+    assert "no image has the label 0; number the classes from 0" in refusal(f"npz:{path}")
+
+
 # Folders of image files
 
 
@@ -483,6 +510,31 @@ def test_the_digest_of_files_is_of_names_and_sizes(tmp_path):
     path = tmp_path / "two" / "val" / "cat" / "0.png"
     path.write_bytes(path.read_bytes() + b"x")
     assert load_data(spec).images_digest != one
+
+
+def test_pixels_that_are_not_compressed_are_told_apart(tmp_path):
+    write_folder(tmp_path)
+    path = tmp_path / "train" / "cat" / "more.bmp"
+    save_image(path, 10, (40, 32))
+    before, size = load_data(f"folder:{tmp_path}").images_digest, path.stat().st_size
+    save_image(path, 11, (40, 32))
+    assert path.stat().st_size == size
+    assert load_data(f"folder:{tmp_path}").images_digest != before
+
+
+def test_a_class_without_training_images_is_refused(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "train" / "eel").mkdir()
+    (tmp_path / "train" / "eel" / "0.gif").write_bytes(b"GIF89a")
+    assert "eel' holds no images (.bmp " in refusal(f"folder:{tmp_path}")
+
+
+def test_a_damaged_training_image_is_found_before_training(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    (tmp_path / "train" / "dog" / "9.png").write_bytes(b"")
+    assert "9.png' " in refusal(f"folder:{tmp_path}")
+    monkeypatch.setattr(sources, "_CHECKED_AT_ONCE", 5)
+    load_data(f"folder:{tmp_path}")
 
 
 def test_a_folder_of_three_parts_has_its_own_validation_images(tmp_path):

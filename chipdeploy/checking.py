@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from chipdeploy.copying import copied, in_mode
 from chipdeploy.errors import ChipdeployError, ModelError
@@ -17,10 +16,8 @@ def check_model(model: nn.Module, example: Tensor, classes: int) -> None:
         example: two images [2, C, H, W].
 
     Raises:
-        ModelError: a layer has no shape yet, a forward fails, or gives something else than logits [N, classes].
+        ModelError: a forward fails, or gives something else than logits [N, classes].
     """
-    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise ModelError("the model has lazy layers; run it once on an example where it is made")
     twin = copied(model)
     on_gpu = [example.device] if example.is_cuda else []
     for training in (False, True):

@@ -11,10 +11,12 @@ import onnxruntime
 import pytest
 import torch
 from chipdeploy.cli import main
+from safetensors.torch import load_file, save_file
 
 import chipdeploy as cd
 from chipdeploy import __version__
 from chipdeploy.latency.measure import Comparison, headline
+from chipdeploy.run import Run
 
 COMMANDS = ("demo", "prune", "export", "bench", "report", "inspect", "train", "doctor")
 
@@ -117,6 +119,21 @@ def test_prune_of_a_finished_run_gives_its_result_again(job, finished, call, set
     assert (finished / "pruned.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_finished_run_is_not_given_again_for_other_weights(tmp_path, data, call, finished):
+    tensors = load_file(finished / "dense.safetensors")
+    weights = tmp_path / "mine.safetensors"
+    save_file(tensors, weights)
+    epochs = ("--soft-epochs", "1", "--finetune-epochs", "0", "--batch", "64", "--align", "4", "--device", "cpu")
+    given = ("--data", data, "--weights", weights, "--run", tmp_path / "run")
+    line = ("prune", "resnet20", "--flops", "0.5", *epochs, *given, "--runs", tmp_path)
+    assert call(*line).code == 0
+    assert "finished already" in call(*line).err
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, weights)
+    outcome = call(*line)
+    assert outcome.code == 3
+    assert "the weights of" in outcome.error and "changed since it was started" in outcome.error
+
+
 @pytest.mark.parametrize("arguments", [("export",), ("bench", "--seconds", "0.1", "--batch", "1"), ("report",)])
 def test_json_is_one_object_on_stdout(copy, call, arguments):
     outcome = call(*arguments, "--run", copy, "--json")
@@ -132,6 +149,7 @@ def test_a_missed_latency_is_one_object_with_the_result(job, copy, call, setting
     latency = {"goal": 0.4, "ratio": 0.5, "interval": [0.5, 0.5], "dense_ms": 2, "pruned_ms": 1, "near": False}
     result["latency"] = latency | {"target": "ort-cpu", "batch": 1, "met": False}
     (copy / "result.json").write_text(json.dumps(result))
+    Run.open(copy).seal(["result.json"])
     outcome = call("prune", *settings, "--run", copy, "--json", cwd=cwd)
     assert outcome.code == outcome.json["error"]["exit_code"] == 5
     assert (outcome.json["run"], outcome.json["latency"]) == (str(copy), result["latency"])

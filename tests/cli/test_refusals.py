@@ -63,6 +63,38 @@ def shrinking(num_classes):
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(64), nn.Flatten(), nn.Linear(8, num_classes))
 
 
+class Aided(Net):
+    def forward(self, x):
+        x = super().forward(x)
+        return (x, x) if self.training else x
+
+
+def aided(num_classes):
+    return Aided(num_classes)
+
+
+def failing(num_classes):
+    def end(x):
+        if torch.is_grad_enabled():
+            raise RuntimeError("only in training")
+        return x
+
+    return Net(num_classes, end)
+
+
+def ten(num_classes):
+    return Net(10)
+
+
+def lazy(num_classes):
+    return nn.Sequential(nn.LazyConv2d(8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+
+
+def talking(num_classes):
+    print("hello from the model")
+    return Net(num_classes)
+
+
 def raising():
     raise RuntimeError("first line\\nsecond line")
 
@@ -368,6 +400,70 @@ def test_networks_that_cannot_be_exported_leave_no_file(tmp_path, data, models, 
     assert word in outcome.error
     assert not [path.name for path in (tmp_path / "run").iterdir() if "onnx" in path.name or "export" in path.name]
     assert "chipdeploy export" in call("bench", "--run", "run", cwd=tmp_path).error
+
+
+@pytest.mark.parametrize("command", [("train",), ("prune", "--flops", "0.5")])
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        ("aided", "in train mode the model returns a tuple"),
+        ("ten", "returns [2, 10] for 2 images of 3 classes"),
+        ("lazy", "lazy layers"),
+        ("shrinking", "images [3, 16, 16]"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused_at_once(tmp_path, data, models, call, command, factory, words):
+    outcome = call(*command, f"{models}:{factory}", "--data", data, *SHORT[:2], "--device", "cpu", cwd=tmp_path)
+    assert outcome.code == 3
+    assert words in outcome.error
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_what_a_model_prints_is_not_on_stdout(models, call):
+    outcome = call("inspect", f"{models}:talking", "--json")
+    assert outcome.json["model"].endswith(":talking")
+    assert "hello from the model" in outcome.err
+
+
+def test_flags_that_change_nothing_are_named(tmp_path, data, call, finished):
+    weights = finished / "dense.safetensors"
+    idle = ("--on", "trt-fp16", "--minutes", "9", "--bench-batch", "4", "--train-epochs", "7")
+    line = ("prune", "resnet20", "--data", data, "--flops", "0.0001", *SHORT, "--weights", weights, *idle)
+    notes = call(*line, cwd=tmp_path).err.splitlines()
+    assert "note: there is no latency goal, so nothing comes of --on, --minutes" in notes
+    assert "note: there is no latency goal and no --max-size-mb, so nothing comes of --bench-batch" in notes
+    assert "note: the weights are given, so nothing comes of --train-epochs" in notes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("manifest.json", '{"schema": 1}', "it has no command; make the run again"),
+        ("result.json", "{}", "result.json was changed after it was written"),
+        ("metrics.jsonl", "3\n", "a line of it holds no JSON object"),
+    ],
+)
+def test_damaged_facts_of_a_run_are_named(copy, call, settings, name, content, words):
+    (copy / name).write_text(content)
+    command = ("report", "--run", copy) if name == "metrics.jsonl" else ("prune", *settings, "--run", copy)
+    outcome = call(*command)
+    assert outcome.code == 3
+    assert words in outcome.error
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]"])
+def test_damaged_facts_of_a_dense_network_can_be_deleted(tmp_path, data, models, call, content):
+    line = ("train", f"{models}:good", "--data", data, *SHORT[:2], "--train-epochs", "1", "--device", "cpu")
+    assert call(*line, cwd=tmp_path).code == 0
+    (facts,) = (tmp_path / "runs" / "dense").glob("*.json")
+    whole = facts.read_bytes()
+    facts.write_text(content)
+    outcome = call(*line, cwd=tmp_path)
+    assert outcome.code == 3
+    assert "delete it, and the dense network is trained again" in outcome.error
+    facts.unlink()
+    assert call(*line, cwd=tmp_path).code == 0
+    assert facts.read_bytes() == whole
 
 
 def test_a_diverged_training_says_so(tmp_path, data, models, call):

@@ -54,7 +54,7 @@ def test_round_trip(saved):
 @pytest.mark.parametrize(
     "wrap", [dict, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": {"state_dict": s}}]
 )
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_torch_files_are_unwrapped(saved, tmp_path, suffix, wrap, prefix):
     model, _ = saved
     path = tmp_path / f"net{suffix}"

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Protocol
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from chipdeploy.errors import ChipdeployError, MissingError, ModelError
 
@@ -187,6 +188,8 @@ def _described(spec: str) -> Iterator[None]:
 def _checked(model: object, spec: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {spec!r} gave a {type(model).__name__}; its function must return a torch.nn.Module")
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise ModelError(f"model {spec!r} has lazy layers, whose shapes nobody knows yet; run it on an example first")
     return model
 
 

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from chipdeploy.errors import ModelError
 
+FACTS = frozenset(
+    ["device", "dim", "dtype", "is_cuda", "ndim", "nelement", "numel", "requires_grad", "shape", "size", "stride"]
+)
+
 
 class LivingWeight:
     """Stands in for a norm's weight [C] during a gated call, and takes the norm's call over."""
@@ -21,22 +25,14 @@ class LivingWeight:
     def __init__(self, weight: Tensor, gates: Tensor) -> None:
         self.weight, self.gates = weight, gates
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Modules look at the type of their weight."""
-        return self.weight.dtype
+    def __getattr__(self, name: str) -> Any:
+        """What code may look at in its weight."""
+        if name in FACTS:
+            return getattr(self.weight, name)
+        raise AttributeError(f"a norm's weight is asked for {name!r}, which cannot be gated")
 
-    @property
-    def shape(self) -> torch.Size:
-        """And at its shape."""
-        return self.weight.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    def numel(self) -> int:
-        return self.weight.numel()
+    def __len__(self) -> int:
+        return len(self.weight)
 
     @classmethod
     def __torch_function__(

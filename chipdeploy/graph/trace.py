@@ -392,16 +392,18 @@ class _Numbering:
         return tuple(dict.fromkeys(layer.name for layer in makers))
 
     def _pinned(self) -> tuple[PinnedGroup, ...]:
-        """Pinned outputs of the layers, one entry a layer and reason."""
+        """Pinned outputs of the layers, one entry a layer and reason; a layer that is called again counts once."""
         found: dict[tuple[str, str], int] = {}
         for use in self._tracing.layers:
             if use.mult:
                 continue
             roots, times = np.unique(self._tracing.labels.roots(use.out_labels), return_counts=True)
+            here: dict[tuple[str, str], int] = {}
             for root, count in zip(roots.tolist(), times.tolist(), strict=True):
                 reason = self._tracing.labels.reason(root)
                 if reason is not None:
-                    found[use.name, reason] = found.get((use.name, reason), 0) + count
+                    here[use.name, reason] = here.get((use.name, reason), 0) + count
+            found |= {key: max(size, found.get(key, 0)) for key, size in here.items()}
         return tuple(PinnedGroup(name, size, reason) for (name, reason), size in found.items())
 
     def _tallies(self, model: nn.Module, slots: tuple[Slot, ...]) -> tuple[Tally, ...]:

@@ -490,6 +490,55 @@ def test_faults_behind_a_closed_relu_are_found(make):
     assert first in {pinned.name for pinned in trace(model, EXAMPLE).pinned}
 
 
+class SecondNames(Base):
+    """Ops by the names that NumPy has for them, and rare ones that look at every channel alone."""
+
+    def forward(self, x):
+        y = torch.clip(torch.multiply(self.a(x), 2.0), -3, 6)
+        y = torch.subtract(torch.negative(+y), torch.absolute(torch.divide(y, 3.0))) + torch.true_divide(y, 7.0)
+        y = torch.where(torch.greater(y, 0) & torch.not_equal(y, 1), y, torch.less_equal(y, -1).to(y))
+        y = torch.moveaxis(torch.moveaxis(self.b(y), 1, -1), -1, 1)
+        y = torch.nan_to_num(torch.atan(y)) + torch.asinh(y) + torch.fmax(y, torch.hypot(y, y)) + torch.trunc(y)
+        return self.h(y.mean((2, 3)))
+
+
+def test_second_names_of_ops_and_rare_ones_pin_nothing():
+    graph = trace(SecondNames(), EXAMPLE)
+    assert [(group.name, group.size) for group in graph.groups] == [("a.0", 16), ("b.0", 16)]
+
+
+class Looking(Base):
+    """A norm of the user's own that looks at its weight."""
+
+    class Norm(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+            self.normalized_shape = (channels,)
+
+        def forward(self, x):
+            assert self.weight.dim() == 1 and len(self.weight) == self.weight.nelement()
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias)
+
+    def __init__(self):
+        super().__init__(norm=self.Norm(16))
+
+    def features(self, x):
+        return self.b(self.norm(F.relu(self.a(x)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+def test_a_norm_may_look_at_its_weight():
+    assert {group.name for group in trace(Looking(), EXAMPLE).groups} == {"a.0", "b.0"}
+
+
+def test_a_layer_that_is_called_again_is_pinned_once():
+    class Thrice(Base):
+        def forward(self, x):
+            return torch.cat([super(Thrice, self).forward(x.roll(n, 2)) for n in range(3)], 1)
+
+    assert [(pinned.name, pinned.size) for pinned in trace(Thrice(), EXAMPLE).pinned] == [("h", 5)]
+
+
 class Forgetful(Base):
     """Its norms stay in eval mode, as in many detectors; nothing is returned."""
 

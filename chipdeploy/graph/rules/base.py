@@ -37,13 +37,34 @@ def rule(*ops: str) -> Callable[[Rule], Rule]:
     return register
 
 
+# ATen's second names of one op, as NumPy has them.
+ALIASES = {
+    "absolute": "abs",
+    "arctan2": "atan2",
+    "clip": "clamp",
+    "divide": "div",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "moveaxis": "movedim",
+    "multiply": "mul",
+    "negative": "neg",
+    "not_equal": "ne",
+    "positive": "alias",
+    "subtract": "sub",
+    "true_divide": "div",
+}
+
+
 def op_name(node: Node) -> str:
-    """`aten.relu_.default` becomes `relu`."""
+    """`aten.relu_.default` becomes `relu`, `aten.clip.default` becomes `clamp`."""
     name = getattr(node.target, "__name__", "") if isinstance(node.target, FunctionType) else str(node.target)
     if name.startswith("<built-in"):
         return name.split()[-1].rstrip(">")
     parts = name.split(".")
-    return (parts[1] if len(parts) > 1 else name).rstrip("_")
+    name = (parts[1] if len(parts) > 1 else name).rstrip("_")
+    return ALIASES.get(name, name)
 
 
 def shape(node: Node) -> tuple[int, ...]:

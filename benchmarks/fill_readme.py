@@ -116,7 +116,31 @@ def section(path: Path) -> str:
         name += "; plain SGD" if any(paces) and not cells[0]["pace"] else ""
         right = accuracy(cells, bold=tested(cells) == best[keep])
         lines.append(f"| {-keep:g} | {name} | {right} | {times(cells)} | {share(cells, 'params')} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", by_time(cells_of)])
+
+
+def by_time(cells_of: dict[tuple[float, str], list[dict[str, Any]]]) -> str:
+    """What the others reach in the time that our networks take."""
+    others = [cells for (_, method), cells in cells_of.items() if not method.startswith("chipnet")]
+    said = []
+    for (keep, method), cells in sorted(cells_of.items()):
+        if method != "chipnet":
+            continue
+        rivals = [tested(other) for other in others if took(other) <= took(cells)]
+        best = f"the best of the others that is as fast reaches {percent(max(rivals))}" if rivals else "none is as fast"
+        said.append(f"where steps of 16 keep {-keep:g} and take {took(cells):.2f} ({percent(tested(cells))}), {best}")
+    fastest = min(others, key=took)
+    last = f"the fastest of the others takes {took(fastest):.2f} ({percent(tested(fastest))})"
+    return f"By time instead of FLOPs, at batch 1: {'; '.join([*said, last])}."
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.2f} %"
+
+
+def took(cells: list[dict[str, Any]]) -> float:
+    """Mean share of the dense time at batch 1."""
+    return mean(cell["time_batch1"]["ratio"] for cell in cells)
 
 
 def newest(cells: list[dict[str, Any]]) -> dict[tuple[float, str], list[dict[str, Any]]]:
@@ -135,7 +159,7 @@ def tested(cells: list[dict[str, Any]]) -> float:
 
 def accuracy(cells: list[dict[str, Any]], *, bold: bool) -> str:
     values = [100 * cell["test"] for cell in cells]
-    text = f"**{mean(values):.2f} %**" if bold else f"{mean(values):.2f} %"
+    text = f"**{percent(tested(cells))}**" if bold else percent(tested(cells))
     return text if len(values) == 1 else f"{text} ({len(values)} runs, {min(values):.2f}-{max(values):.2f})"
 
 

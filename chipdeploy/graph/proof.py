@@ -103,17 +103,20 @@ class Trials:
         """The first trial that goes wrong where groups are heard that are silent with the first weights."""
         if self.inputs[0].is_meta:
             return None
-        first, *others = self._networks
-        silent = _silent(first, graph, gating, self.larger)
+        silent, told = np.ones(len(graph.groups), dtype=np.bool_), True
         more = (self._loud(seed) for seed in range(2, 2 + MORE_SEEDS))
-        for network in chain(others, more):
-            if not silent.any():
-                return None
+        for network in chain(self._networks, more):
             still = _silent(network, graph, gating, self.larger)
-            if (silent & ~still).any() and (failure := self._tried(graph, gating, (network,))):
+            if still is None:
+                told = False
+                continue
+            tried = network is self._networks[0]
+            if (silent & ~still).any() and not tried and (failure := self._tried(graph, gating, (network,))):
                 return failure
             silent &= still
-        if silent.all():
+            if not silent.any():
+                return None
+        if told and silent.all():
             return Failure("nothing in the network changes its output on the example, so no cut can be compared", None)
         return None
 
@@ -197,11 +200,10 @@ def _compare(
         raise Stopped("the network's output is not finite on the example: check its weights and the example")
 
 
-def _silent(network: nn.Module, graph: ChannelGraph, gating: Gating, inputs: Inputs) -> np.ndarray:
-    """Whether a group's open gates do not count in the output, bool [groups]; none where that cannot be told."""
+def _silent(network: nn.Module, graph: ChannelGraph, gating: Gating, inputs: Inputs) -> np.ndarray | None:
+    """Whether a group's open gates do not count in the output, bool [groups]; None where that cannot be told."""
     gates = torch.ones(graph.channels, device=inputs[0].device, dtype=_dtype(network), requires_grad=True)
     draw = torch.Generator().manual_seed(0)
-    none = np.zeros(len(graph.groups), dtype=np.bool_)
     try:
         with torch.enable_grad(), evaluating(network):
             outputs = _floating(gated_call(network, gating, gates, *_copies(inputs)))
@@ -209,10 +211,10 @@ def _silent(network: nn.Module, graph: ChannelGraph, gating: Gating, inputs: Inp
             parts = [(x * torch.randn(x.shape, generator=draw).to(x)).sum() for x in outputs]
             (gradient,) = torch.autograd.grad(torch.stack(parts).sum(), gates, materialize_grads=True)
     except (*ERRORS, ModelError):
-        return none
+        return None
     strengths = gradient.abs().double().cpu().numpy()
     if not np.isfinite(strengths).all():
-        return none
+        return None
     heard = np.zeros(len(graph.groups))
     np.maximum.at(heard, graph.group_of, strengths)
     return np.asarray(heard <= SILENT * heard.max())

@@ -1,4 +1,4 @@
-"""Blocks of `torch.no_grad` and `torch.autocast`: the exporter makes graphs of their own of them, the rules see one."""
+"""Makes an exported program plain for the rules: blocks of `no_grad` and `autocast` in place, weights read as they are."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import cast
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from chipdeploy.graph.rules.base import op_name
+
 # Arguments before the block's graph.
 _BLOCKS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+# Ops that give their operand itself where it is of the wanted type already; not a copy that the forward may write to.
+_CONVERSIONS = frozenset({"contiguous", "to", "type_as"})
 _DARK = "chipdeploy_without_gradients"
 
 
@@ -19,6 +23,23 @@ def inline_blocks(program: ExportedProgram) -> ExportedProgram:
     What the program would compute under autocast may change with that: it is for reading only.
     """
     _inline(program.graph_module, dark=False)
+    program.graph_module.recompile()
+    return program
+
+
+def drop_conversions(program: ExportedProgram) -> ExportedProgram:
+    """Let who reads `weight.to(x.dtype)` read the weight itself, in place, where that is of its own type."""
+    weights = program.graph_signature.inputs_to_parameters
+    for node in list(program.graph.nodes):
+        if node.op != "call_function" or op_name(node) not in _CONVERSIONS:
+            continue
+        weight = node.args[0]
+        if not isinstance(weight, Node) or weight.op != "placeholder" or weight.name not in weights:
+            continue
+        got, own = node.meta["val"], weight.meta["val"]
+        if (got.dtype, got.shape) == (own.dtype, own.shape):
+            node.replace_all_uses_with(weight)
+            program.graph.erase_node(node)
     program.graph_module.recompile()
     return program
 

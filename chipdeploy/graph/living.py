@@ -14,6 +14,7 @@ from torch import Tensor
 
 from chipdeploy.errors import ModelError
 
+COPIES = frozenset(["clone", "contiguous", "double", "float", "to", "type_as"])
 FACTS = frozenset(
     ["device", "dim", "dtype", "is_cuda", "ndim", "nelement", "numel", "requires_grad", "shape", "size", "stride"]
 )
@@ -26,9 +27,11 @@ class LivingWeight:
         self.weight, self.gates = weight, gates
 
     def __getattr__(self, name: str) -> Any:
-        """What code may look at in its weight."""
+        """What code may look at in its weight, and copies of it."""
         if name in FACTS:
             return getattr(self.weight, name)
+        if name in COPIES:
+            return lambda *args, **kwargs: LivingWeight(getattr(self.weight, name)(*args, **kwargs), self.gates)
         raise AttributeError(f"a norm's weight is asked for {name!r}, which cannot be gated")
 
     def __len__(self) -> int:

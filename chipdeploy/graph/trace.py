@@ -26,7 +26,7 @@ from chipdeploy.graph.channels import (
     Slot,
     Tally,
 )
-from chipdeploy.graph.inline import hidden_graphs, inline_blocks, is_dark
+from chipdeploy.graph.inline import drop_conversions, hidden_graphs, inline_blocks, is_dark
 from chipdeploy.graph.labels import Ints, Labels
 from chipdeploy.graph.proof import Failure, Trials, evaluating
 from chipdeploy.graph.repair import repair
@@ -163,7 +163,8 @@ def export_program(model: nn.Module, inputs: tuple[Tensor, ...], *, training: bo
     """
     with evaluating(model), _handed_back(model), quiet():
         try:
-            return drop_mean_weights(inline_blocks(torch.export.export(in_mode(model, training=training), inputs)))
+            program = torch.export.export(in_mode(model, training=training), inputs)
+            return drop_mean_weights(drop_conversions(inline_blocks(program)))
         except Exception as error:  # the exporter raises many kinds; each means the same to the user
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(

@@ -507,6 +507,34 @@ def test_second_names_of_ops_and_rare_ones_pin_nothing():
     assert [(group.name, group.size) for group in graph.groups] == [("a.0", 16), ("b.0", 16)]
 
 
+class Typed(Base):
+    """Weights in the type of what they meet, as diffusion models have it."""
+
+    class Conv(nn.Module):
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(outputs, inputs, 3, 3) / 10)
+            self.bias = nn.Parameter(torch.zeros(outputs))
+
+        def forward(self, x):
+            return F.conv2d(x, self.weight.to(x.dtype), self.bias.type_as(x), padding=1)
+
+    class Norm(nn.LayerNorm):
+        def forward(self, x):
+            return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float()).to(x.dtype)
+
+    def __init__(self):
+        super().__init__(c=self.Conv(16, 16), norm=self.Norm(16))
+
+    def features(self, x):
+        x = self.norm(F.relu(self.a(x)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return F.relu(self.b(F.relu(self.c(x))))
+
+
+def test_weights_may_be_read_in_another_type():
+    assert {group.name for group in trace(Typed(), EXAMPLE).groups} == {"a.0", "b.0", "c"}
+
+
 class Looking(Base):
     """A norm of the user's own that looks at its weight."""
 

@@ -1,4 +1,4 @@
-"""Makes an exported program plain for the rules: blocks of `no_grad` and `autocast` in place, weights read as they are."""
+"""Makes an exported program plain for the rules: blocks of `no_grad` and `autocast` in place, weights as they are."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def hidden_graphs(node: Node) -> list[GraphModule]:
     """The graphs that an op takes as arguments, such as the two ways of `torch.cond`."""
     home = node.graph.owning_module
     assert home is not None
-    held = (getattr(home, str(arg.target)) for arg in node.all_input_nodes if arg.op == "get_attr")
+    held = (getattr(home, str(arg.target), None) for arg in node.all_input_nodes if arg.op == "get_attr")
     return [graph for graph in held if isinstance(graph, GraphModule)]
 
 

@@ -93,9 +93,10 @@ def section(path: Path) -> str:
     start = "the given checkpoint" if settings["given_weights"] else f"{settings['dense_epochs']} epochs of training"
     # Cells may come from several machines; the ratios of a cell are of one.
     here = environment_line(store["environment"])
-    trained = "; ".join(sorted({cell.get("machine", here) for cell in store["cells"]}))
-    timed = "; ".join(sorted({cell.get("timed_on", cell.get("machine", here)) for cell in store["cells"]}))
     cells_of = newest(store["cells"])
+    shown = [cell for cells in cells_of.values() for cell in cells]
+    trained = "; ".join(sorted({cell.get("machine", here) for cell in shown}))
+    timed = "; ".join(sorted({cell.get("timed_on", cell.get("machine", here)) for cell in shown}))
     paces = {one["pace"] for cells in cells_of.values() for one in cells}
     lines = [
         f"{settings['model']} on {settings['data']}, dense {store['dense_test']:.2%}, from {start}; "

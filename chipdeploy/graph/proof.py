@@ -73,7 +73,8 @@ class Trials:
         self._model = model
         self._networks: tuple[nn.Module, ...] = (model,)
         if not inputs[0].is_meta:
-            self._networks = (self._loud(0), self._loud(1), model)
+            # A copy with its own weights, too: what a forward keeps on modules is the user's.
+            self._networks = (self._loud(0), self._loud(1), in_mode(copied(model)))
         if not inputs[0].is_meta:
             _check_own(self._networks[0], model, inputs)
         more = _one_more(inputs)

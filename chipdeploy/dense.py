@@ -25,6 +25,9 @@ def train_dense(job: Job, folder: Path, watcher: Watcher) -> Path:
 
     The file holds the weights; a JSON file beside it the settings and the accuracies. Where the data lie does not
     matter, nor where they are trained on.
+
+    Raises:
+        RunError: the JSON file of an earlier training is damaged.
     """
     settings = job.config.model_dump(include=set(TrainConfig.model_fields))
     settings |= {f"{name}_digest": value for name, value in job.inputs.items()}

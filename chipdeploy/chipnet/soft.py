@@ -59,6 +59,11 @@ class Budget:
         return BUDGETS.get(self.kind, self.kind)
 
 
+def _together() -> bool:
+    """Whether several processes train one network."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def _is(kind: type, value: object) -> bool:
     """NumPy's numbers are numbers, too."""
     return isinstance(value, kind)
@@ -184,7 +189,7 @@ class ChipNet(nn.Module):
     def loss(self, task: Tensor) -> Tensor:
         """task + α1 · crispness + α2 · (V − V0)², of the gates of the last forward pass."""
         curve, gates = self._seen()
-        if distributed.is_available() and distributed.is_initialized():
+        if _together():
             task = task + 0.0 * self.logits.sum()  # else DDP waits in vain for ψ's gradient where it has none
         if self.listening:
             return task
@@ -354,7 +359,7 @@ class ChipNet(nn.Module):
 
     def _begin(self) -> None:
         """ψ takes up what was heard, by all processes where there are many: each has its own images."""
-        if distributed.is_available() and distributed.is_initialized():
+        if _together():
             distributed.all_reduce(self._heard)
         with torch.no_grad():
             self.logits.copy_(self._ranks())

@@ -99,7 +99,7 @@ class ImageData:
 
     @cached_property
     def images_digest(self) -> str:
-        """16 hexadecimal digits that tell apart other images: by their pixels, or by names and sizes of their files.
+        """16 hexadecimal digits of the images: of their pixels, or of names and sizes of compressed files.
 
         Apart from `digest`, which older runs were made by.
         """

@@ -62,7 +62,7 @@ class Labelled(Protocol):
     def labels(self) -> Tensor: ...
 
     def contents(self) -> Iterator[bytes | memoryview]:
-        """The pixels where they are in memory; names and sizes of the files where they are not."""
+        """The pixels where they are in memory or files are not compressed; names and sizes of other files."""
         ...
 
 

@@ -72,7 +72,7 @@ def main() -> None:
     base, job, dense = start(options)
     with tempfile.TemporaryDirectory() as work:
         for keep in map(float, options.keeps.split(",")):
-            for cell in missing(options, {"keep": keep}, job.recipe.pace_after(keep)):
+            for cell in missing(options, {"keep": keep}, job.recipe, keep):
                 config = base.model_copy(update={"keep": keep, "seed": cell["seed"]})
                 one = Job(config, job.data, job.recipe, job.device)
                 files = options.untimed or Path(work)
@@ -114,12 +114,14 @@ def of_one_pace(rules: Recipe, pace: float) -> Recipe:
     return replace(rules, pace=pace, cut_pace=float("inf"))
 
 
-def missing(options: argparse.Namespace, goal: dict[str, float], pace: float) -> Iterator[dict[str, Any]]:
+def missing(
+    options: argparse.Namespace, goal: dict[str, float], rules: Recipe, keep: float
+) -> Iterator[dict[str, Any]]:
     """The cells of one goal that the results file does not hold; it is looked at before each."""
-    recipe_of = {"lr": options.lr, "distill": options.distill, "pace": pace}
     for seed in map(int, options.seeds.split(",")):
         for method in options.methods.split(","):
-            cell = {"method": method, **goal, "seed": seed, **recipe_of}
+            pace = rules.pace if method == "scratch" else rules.pace_after(keep)
+            cell = {"method": method, **goal, "seed": seed, "lr": options.lr, "distill": options.distill, "pace": pace}
             rows = json.loads(options.out.read_text())["cells"]
             if not any(cell.items() <= (PLAIN | row).items() for row in rows):
                 yield cell

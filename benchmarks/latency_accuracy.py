@@ -73,7 +73,7 @@ def main() -> None:
     base = base.model_copy(update={"on": options.on})
     with tempfile.TemporaryDirectory() as work:
         for goal in map(float, options.goals.split(",")):
-            for cell in missing(options, {"goal": goal}, job.recipe.pace_after(goal)):
+            for cell in missing(options, {"goal": goal}, job.recipe, goal):
                 via = cell["method"] if cell["method"] in ("latency", "flops") else "latency"
                 values = base.model_dump() | {"kind": "latency", "align": "auto", "via": via, "latency": goal}
                 config = PruneConfig(**values | {"seed": cell["seed"]})

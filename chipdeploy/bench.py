@@ -84,12 +84,13 @@ def bench_run(
             files = digests(_entry(run, exported, target))
             results += [row | {"files": files} for row in measured]
     now = {_what(row) for row in results}
-    held, _ = _earlier_times(run, exported)
+    held, gone = _earlier_times(run, exported)
     others = [row for row in held if _what(row) not in now]
     elsewhere = [row for row in others if not all(_same_machine(row, result) for result in results)]
-    for row in elsewhere:
-        if tell:
-            tell(f"dropping the times of {Comparison.from_dict(row).where}: they are of {_machine(row)}")
+    gone += [f"the times of {Comparison.from_dict(row).where}: they are of {_machine(row)}" for row in elsewhere]
+    if tell:
+        for what in gone:
+            tell(f"dropping {what}")
     run.write(BENCH, [row for row in others if row not in elsewhere] + results)
     return results
 
@@ -97,8 +98,8 @@ def bench_run(
 def drop_times(run: Run, exported: Mapping[str, Any], tell: Callable[[str], None]) -> None:
     """Take the times of files that are not those of `exported` any more out of bench.json, and tell which."""
     held, gone = _earlier_times(run, exported)
-    for row in gone:
-        tell(f"dropping the times of {Comparison.from_dict(row).where}: the files are others now")
+    for what in gone:
+        tell(f"dropping {what}")
     if held:
         run.write(BENCH, held)
     else:
@@ -116,24 +117,34 @@ def all_digests(exported: Mapping[str, Any]) -> dict[str, str]:
     return digests(exported, *exported["precisions"].values(), *exported["engines"].values())
 
 
-def _earlier_times(run: Run, exported: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of bench.json: those of files that are still exported, and those of other files."""
+def _earlier_times(run: Run, exported: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of bench.json that are of files that are still exported; and what the others are of, and why they go."""
     known = set(all_digests(exported).items())
     held: list[dict[str, Any]] = []
-    gone: list[dict[str, Any]] = []
+    gone: list[str] = []
+    unreadable = f"times that cannot be read: {BENCH} is damaged, or of another version"
     try:
-        for row in run.read_if(BENCH) or []:
-            Comparison.from_dict(row)
-            (held if known.issuperset(row["files"].items()) else gone).append(row)
-    except (RunError, KeyError, TypeError, AttributeError):  # damaged, or of another version
-        return [], []
+        rows = list(run.read_if(BENCH) or [])
+    except (RunError, TypeError):
+        return [], [unreadable]
+    for row in rows:
+        try:
+            where = Comparison.from_dict(row).where
+            if known.issuperset(row["files"].items()):
+                held.append(row)
+            else:
+                gone.append(f"the times of {where}: the files are others now")
+        except (RunError, KeyError, TypeError, AttributeError):
+            gone.append(unreadable)
     return held, gone
 
 
 def _same_machine(row: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
     """Whether two rows can stand on one page: one CPU, and one GPU where both have used one."""
-    cpu, gpu = ({item["environment"].get(key) for item in (row, result)} for key in ("cpu", "gpu_name"))
-    return len(cpu) == 1 and len(gpu - {None}) <= 1
+    here, there = row["environment"], result["environment"]
+    if any(here.get(key) != there.get(key) for key in ("cpu", "vectors", "cores")):
+        return False
+    return len({here.get("gpu_name"), there.get("gpu_name")} - {None}) <= 1
 
 
 def _machine(row: Mapping[str, Any]) -> str:

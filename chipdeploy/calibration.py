@@ -11,7 +11,7 @@ import torch
 from chipdeploy.config import PruneConfig
 from chipdeploy.errors import UsageError
 from chipdeploy.graph.trace import trace
-from chipdeploy.latency.calibrate import curves
+from chipdeploy.latency.calibrate import Curve, curves
 from chipdeploy.latency.profiling import OnRound
 from chipdeploy.meeting import arrange, projector_of, step, wanted_goal
 from chipdeploy.report.plots import latency_plot
@@ -68,11 +68,7 @@ def calibrate_model(
         "machine": profile.machine,
         "foreign": meeting.foreign,
         "smallest": {"ratio": least, "ms": least * profile.dense_ms},
-        "budgets": {
-            curve.kind: {"keep": at[0], "interval": [at[1], at[2]]}
-            for curve in found
-            for at in (curve.at(meeting.share),)
-        },
+        "budgets": {curve.kind: _budget(curve, meeting.share) for curve in found},
         "curves": {curve.kind: curve.to_dict() for curve in found},
         "flags": f"{flag} {goal.value:g} --on {config.on}",
     }
@@ -81,3 +77,10 @@ def calibrate_model(
         latency_plot(facts["curves"], meeting.share, out / PICTURE)
         write_json(out / JSON, facts)
     return facts
+
+
+def _budget(curve: Curve, share: float) -> dict[str, Any]:
+    """What is to be kept of one budget; null where it does not reach the latency, however little is kept."""
+    at = curve.at(share)
+    least = {"least_ratio": float(curve.ratio[0])}
+    return {"keep": at and at[0], "interval": at and [at[1], at[2]]} | least

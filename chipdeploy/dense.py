@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 from chipdeploy import checkpoint
 from chipdeploy.config import TrainConfig
 from chipdeploy.errors import RunError
-from chipdeploy.files import digest
+from chipdeploy.files import digest, unwritable
 from chipdeploy.job import Job
 from chipdeploy.run import make_folder, read_json, write_json
 from chipdeploy.training.loop import Watcher, evaluate
@@ -20,14 +23,17 @@ from chipdeploy.training.weights import save_weights
 PLACES = ("data", "data_root", "device")  # settings that say where, not what: digests say what the data are
 
 
-def train_dense(job: Job, folder: Path, watcher: Watcher) -> Path:
+def train_dense(job: Job, folder: Path, watcher: Watcher, tell: Callable[[str], None] | None = None) -> Path:
     """Train the dense network, or find the one trained before with the same settings below `folder`; returns its file.
 
     The file holds the weights; a JSON file beside it the settings and the accuracies. Where the data lie does not
-    matter, nor where they are trained on.
+    matter, nor where they are trained on. Of several processes one trains, and the others wait for it.
+
+    Args:
+        tell: is told where another process is waited for.
 
     Raises:
-        RunError: the JSON file of an earlier training is damaged.
+        RunError: the JSON file of an earlier training is damaged, or the folder cannot be written.
     """
     settings = job.config.model_dump(include=set(TrainConfig.model_fields))
     settings |= {f"{name}_digest": value for name, value in job.inputs.items()}
@@ -36,10 +42,40 @@ def train_dense(job: Job, folder: Path, watcher: Watcher) -> Path:
     counts |= {"mean": job.data.mean, "std": job.data.std, "pace": job.recipe.pace}
     key = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:12]
     path = folder / f"{Path(job.config.model).stem.replace(':', '-')}-{key}.safetensors"
-    facts = path.with_suffix(".json")
-    if path.is_file() and facts.is_file() and _sealed(facts) == digest(path):
+    if _trained(path):
         return path
     make_folder(folder)
+    with _alone(path, tell):
+        if not _trained(path):
+            _train(job, path, settings, watcher)
+    return path
+
+
+@contextmanager
+def _alone(path: Path, tell: Callable[[str], None] | None) -> Iterator[None]:
+    """Wait until no other process trains the network of `path`."""
+    lock = path.with_suffix(".lock")
+    try:
+        file = lock.open("a", encoding="utf-8")
+    except OSError as error:
+        raise unwritable(lock, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if tell:
+                tell(f"another process trains {path}: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _trained(path: Path) -> bool:
+    """Whether the weights are there, and as they were written."""
+    facts = path.with_suffix(".json")
+    return path.is_file() and facts.is_file() and _sealed(facts) == digest(path)
+
+
+def _train(job: Job, path: Path, settings: dict[str, Any], watcher: Watcher) -> None:
     model = job.model()
     epochs = job.config.train_epochs or job.recipe.train_epochs
     optimizer = job.optimizer(model)
@@ -63,9 +99,8 @@ def train_dense(job: Job, folder: Path, watcher: Watcher) -> Path:
             saved, checkpoint.pack("model", model) | checkpoint.pack("optimizer", optimizer), {"rows": rows}
         )
     save_weights(model, path)
-    write_json(facts, {"settings": settings, "metrics": rows, "sha256": digest(path)})
+    write_json(path.with_suffix(".json"), {"settings": settings, "metrics": rows, "sha256": digest(path)})
     saved.unlink(missing_ok=True)
-    return path
 
 
 def _sealed(facts: Path) -> object:

@@ -288,6 +288,8 @@ class _Export:
                 options = self._precision_options(source, precision)
                 facts = convert(source, path, precision, self._calibration, options=options).to_dict()
                 entry[name] = facts.pop("file") | facts
+                if facts["agreement"] is None:  # nothing here can run it
+                    continue
             engine = open_engine(Target("ort", "cpu", precision), path)
             entry["verification"][name] = self._verified(folder, name, precision, path, engine)
             if self._accurate:
@@ -363,7 +365,7 @@ class _Export:
             name = f"pruned-{target.name}.engine" if target.builds else onnx_name("pruned", precision)
             files[target] = folder / name
         accuracies = {"fp32": facts["pruned"]["accuracy"]["top1"]}
-        accuracies |= {p: entry["pruned"]["accuracy"]["top1"] for p, entry in facts["precisions"].items()}
+        accuracies |= {p: facts["precisions"][p]["pruned"]["accuracy"]["top1"] for p in CANDIDATES if p != "fp32"}
         shape = tuple(self._described["shape"])
         batch = 1 if runtime == "ort" else build.batches[0]
         return choose(files, accuracies, shape, max_drop=self._options.max_drop, batch=batch)

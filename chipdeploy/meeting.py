@@ -40,7 +40,7 @@ class Meeting:
     Args:
         goal: None where the profile is only asked for its stairs.
         profile: measured, or found.
-        foreign: why the profile is not of this machine; empty where it is.
+        foreign: why the profile is not of this machine or network; empty where it is.
     """
 
     goal: Goal | None
@@ -62,9 +62,11 @@ class Meeting:
     def budget(self, projector: Projector) -> Budget:
         """What the soft phase keeps to: the latency itself, or the FLOPs that are predicted to give it."""
         if self.via != VIA_FLOPS:
-            return Budget(LATENCY, self.share)
+            # A goal a little below what the smallest network is predicted to take is tried, see `check_reach`.
+            return Budget(LATENCY, max(self.share, projector.smallest))
         curve = curves(projector, self.profile.cost(projector.graph), kinds=(VIA_FLOPS,))[0]
-        return Budget(VIA_FLOPS, min(0.99, curve.at(self.share)[0]))
+        at = curve.at(self.share)
+        return Budget(VIA_FLOPS, min(0.99, at[0] if at else float(curve.keep[0])))
 
     def settle(self, model: nn.Module, chip: ChipNet, project: Project, on_try: OnTry | None = None) -> Met:
         """The plan whose measured time meets the goal, by the ranking that `chip` has learnt.
@@ -127,8 +129,16 @@ def arrange(
             make_folder(folder)
             if tell:
                 tell(f"measuring {config.model} on {setting.name}: about {config.minutes:g} minutes, kept in {path}")
+            seed = profile.seed if profile else 0  # of one that was begun
             profile = measure_profile(
-                model, graph, setting, name=config.model, minutes=config.minutes, path=path, on_round=on_round
+                model,
+                graph,
+                setting,
+                name=config.model,
+                minutes=config.minutes,
+                seed=seed,
+                path=path,
+                on_round=on_round,
             )
     profile.check_setting(setting)
     profile.check_graph(graph)
@@ -137,7 +147,7 @@ def arrange(
             f"note: {profile.noisy_rounds} of the profile's {len(profile.rounds)} rounds are noisy; "
             "for a better prediction profile again while the machine is quiet, with 'chipdeploy profile --out'"
         )
-    meeting = Meeting(goal, profile, config.via, profile.foreign(here))
+    meeting = Meeting(goal, profile, config.via, profile.foreign(here) or profile.other_ops(graph))
     if goal:
         cost = profile.cost(graph)
         check_reach(projector_of(config, graph, cost, meeting), cost, meeting.share, profile.dense_ms)

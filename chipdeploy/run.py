@@ -202,13 +202,12 @@ class Run:
             raise RunError(f"the {changed[0]} of {self.path} changed since it was started; choose another --run")
 
     def finish(self, command: str) -> None:
-        """Mark the run as done; the pointer to the latest run moves last."""
-        manifest = self.manifest
-        manifest["status"] = "done"
-        write_json(self.path / MANIFEST, manifest)
+        """Point to the run as the latest one and mark it as done: in this order, so that a crash between both is
+        mended when the run goes on."""
         path, root = self.path.resolve(), self.root.resolve()
         make_folder(root)
         write_text(root / f"latest-{command}", f"{path.name if path.parent == root else path}\n")
+        write_json(self.path / MANIFEST, self.manifest | {"status": "done"})
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -257,7 +256,7 @@ class Run:
             )
 
     def _check_root(self) -> None:
-        """The pointer to the latest run is written last: what stands in its way is said before any time is spent."""
+        """The pointer to the latest run is written at the end: what stands in its way is said before time is spent."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root):

@@ -66,6 +66,7 @@ def calibrate(
                 "--bench-batch": (bench_batch, 1),
                 "--threads": (threads, 1),
                 "--exclude": (tuple(exclude or ()), ()),
+                "--align": (align, "auto"),
                 "--profile": (profile, None),
                 "--data": (data, None),
                 "--runs": (str(runs), "runs"),
@@ -78,9 +79,12 @@ def _print(facts: dict[str, Any], out: Path | None, more: str) -> None:
     from rich.table import Table
 
     screen = console()
-    screen.print(f"{facts['model']}: {facts['goal']}")
+    screen.print(f"{facts['model']}: {facts['goal']}; these budgets give it with --align {facts['align']}")
     table = Table("budget", "keep", "95 % interval", box=None, pad_edge=False)
     for kind, found in facts["budgets"].items():
+        if found["keep"] is None:
+            table.add_row(f"--{kind}", "out of reach", f"at least {found['least_ratio']:.2g} of the dense time")
+            continue
         table.add_row(f"--{kind}", f"{found['keep']:.3f}", f"{found['interval'][0]:.3f} to {found['interval'][1]:.3f}")
     screen.print(table)
     screen.print(

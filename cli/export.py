@@ -130,7 +130,8 @@ def export(
 def _targets(facts: dict[str, Any]) -> list[str]:
     """What can be timed of an export: its precisions in ONNX Runtime, and engines that were built on this GPU."""
     engines = [name for name, entry in facts["engines"].items() if entry["pruned"]["gpu_name"]]
-    return ["ort-cpu", *(f"ort-cpu-{precision}" for precision in facts["precisions"]), *engines]
+    runs = [precision for precision, entry in facts["precisions"].items() if entry["verification"]]
+    return ["ort-cpu", *(f"ort-cpu-{precision}" for precision in runs), *engines]
 
 
 def _refuse(message: str) -> None:
@@ -212,7 +213,7 @@ def print_export(facts: dict[str, Any], folder: Path) -> None:
     screen = console()
     for entry in (facts, *facts["precisions"].values()):
         for name in ("dense", "pruned"):
-            screen.print(file_line(folder, entry[name], entry["verification"][name]))
+            screen.print(file_line(folder, entry[name], entry["verification"].get(name)))
             for warning in entry[name].get("notes", ()):
                 note(f"note: {entry[name]['file']}: {warning}")
     for engines in facts["engines"].values():
@@ -224,10 +225,12 @@ def print_export(facts: dict[str, Any], folder: Path) -> None:
             )
 
 
-def file_line(folder: Path, file: dict[str, Any], checked: dict[str, Any]) -> str:
-    """Size, ops, and how well it agrees."""
-    line = (
-        f"{folder / file['file']}: {file['bytes'] / 1e6:.2f} MB, {file['ops']} ops, "
+def file_line(folder: Path, file: dict[str, Any], checked: dict[str, Any] | None) -> str:
+    """Size, ops, and how well it agrees; what nothing here can run was not compared, and the file's notes say so."""
+    line = f"{folder / file['file']}: {file['bytes'] / 1e6:.2f} MB, {file['ops']} ops, "
+    if checked is None:
+        return f"{line}not compared with PyTorch"
+    line += (
         f"equals PyTorch to {checked['max_relative_error']:.1e} (limit {checked['tolerance']:.0e}), "
         f"top-1 agreement {checked['top1_agreement']:.1%} on {checked['images']} images"
     )
@@ -240,6 +243,8 @@ def print_choice(best: dict[str, Any]) -> None:
     """The table of `--precision best`, and what was taken."""
     from rich.table import Table
 
+    from chipdeploy.report.files import choice_text
+
     table = Table("precision", "accuracy", "drop", "size", "time", box=None, pad_edge=False)
     for row in best["table"]:
         low, high = row["ratio_interval"]
@@ -248,10 +253,8 @@ def print_choice(best: dict[str, Any]) -> None:
             f"{row['accuracy']:.2%}",
             f"{row['drop_points']:+.2f} points" + ("" if row["holds"] else ", too much"),
             f"{row['bytes'] / 1e6:.2f} MB",
-            f"{row['ratio']:.2f}x of fp32 (95 % {low:.2f}-{high:.2f})",
+            f"{row['ratio']:.2f}x of fp32 (95 % {low:.2f}-{high:.2f})"
+            + (f", noisy: {row['noise']}" if row.get("noise") else ""),
         )
     console().print(table)
-    console().print(
-        f"best: {best['precision']} on {best['target']}, the fastest that loses at most "
-        f"{best['max_drop_points']:g} points"
-    )
+    console().print(f"best: {choice_text(best)}")

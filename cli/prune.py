@@ -189,7 +189,7 @@ def prune_run(flags: dict[str, Any], config: Path | None, run: Path | None, runs
             return result, directory.path
         note(f"run: {directory.path}")
         with watching() as watcher:
-            dense = Path(checked.weights) if checked.weights else train_dense(job, runs / "dense", watcher)
+            dense = Path(checked.weights) if checked.weights else train_dense(job, runs / "dense", watcher, note)
             return prune_network(checked, job, directory, dense, watcher, meeting), directory.path
 
 
@@ -197,8 +197,8 @@ def note_idle(flags: dict[str, Any], config: PruneConfig) -> None:
     """Say which flags were given that change nothing in this run."""
     timed = config.kind == "latency" or config.align == "auto"
     idle = {
-        "there is no latency goal": () if timed else ("on", "threads", "via", "profile", "minutes"),
-        "there is no latency goal and no --max-size-mb": () if timed or config.max_size_mb else ("bench_batch",),
+        "there is no latency goal": () if timed else ("threads", "via", "profile", "minutes"),
+        "there is no latency goal and no --max-size-mb": () if timed or config.max_size_mb else ("on", "bench_batch"),
         "the weights are given": ("train_epochs",) if config.weights else (),
     }
     for reason, names in idle.items():

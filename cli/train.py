@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import options
-from .output import console, flags, print_json, quoted
+from .output import console, flags, note, print_json, quoted
 
 if TYPE_CHECKING:
     from chipdeploy.config import TrainConfig
@@ -55,7 +55,7 @@ def train(
     job = prepare(build(TrainConfig, settings(TrainConfig, flags, config)))
     check_model(job.model(), job.example, job.data.num_classes)
     with watching() as watcher:
-        path = train_dense(job, runs / "dense", watcher)
+        path = train_dense(job, runs / "dense", watcher, note)
     facts = read_json(path.with_suffix(".json"))
     val = facts["metrics"][-1]["val"]
     if json:

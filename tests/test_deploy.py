@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from chipdeploy.cli.export import file_line
 
 from chipdeploy.bench import _same_machine, artifact, bench_run
 from chipdeploy.bundling import bundle_run
@@ -28,6 +29,7 @@ from chipdeploy.errors import (
     UsageError,
     VerificationError,
 )
+from chipdeploy.export.precision import _CONVERTERS, Result
 from chipdeploy.export.verify import TOLERANCES
 from chipdeploy.files import digest
 from chipdeploy.job import prepare
@@ -283,10 +285,12 @@ def test_times_of_other_threads_stay_beside_each_other(copy):
         bench_run(copy, targets=["rtx-fp16"], batches=(1,), threads=2)
 
 
-def test_times_of_another_cpu_do_not_stay(copy):
+@pytest.mark.parametrize("fact", ["cpu", "vectors", "cores"])
+def test_times_of_another_cpu_do_not_stay(copy, fact):
+    """Processors of one name differ by their vectors."""
     bench_run(copy, batches=(1,), seconds=0.05)
     (item,) = copy.read("bench.json")
-    item["environment"]["cpu"] = "another"
+    item["environment"][fact] = "another"
     copy.write("bench.json", [item])
     told = []
     bench_run(copy, batches=(2,), seconds=0.05, tell=told.append)
@@ -300,6 +304,29 @@ def test_times_of_another_gpu_do_not_stay_beside_those_of_one(copy):
     on_gpu = [item | {"environment": item["environment"] | {"gpu_name": name}} for name in ("one", "one", "other")]
     assert _same_machine(on_gpu[0], on_gpu[1]) and _same_machine(on_gpu[0], item)
     assert not _same_machine(on_gpu[0], on_gpu[2])
+
+
+def test_times_that_cannot_be_read_take_no_others_with_them(copy):
+    bench_run(copy, batches=(1,), seconds=0.05)
+    (item,) = copy.read("bench.json")
+    copy.write("bench.json", [item | {"schema": 0}, item])
+    told = []
+    bench_run(copy, batches=(2,), seconds=0.05, tell=told.append)
+    assert times(copy) == [("ort-cpu", 1), ("ort-cpu", 2)]
+    assert told == ["dropping times that cannot be read: bench.json is damaged, or of another version"]
+
+
+def test_a_precision_that_nothing_here_runs_is_written_and_said_to_be_untried(copy, monkeypatch):
+    """Its converter is an optional package; what stands in for it gives fp32."""
+    monkeypatch.setattr("chipdeploy.deploy.check_installed", lambda *_: None)
+    monkeypatch.setitem(_CONVERTERS, "bf16", lambda proto, *_: Result(proto, runs_here=False))
+    exported = export_run(copy, ExportOptions(precisions=("bf16", "int8")))
+    assert exported["precisions"]["bf16"]["verification"] == {}
+    assert set(exported["precisions"]["int8"]["verification"]) == {"dense", "pruned"}
+    entry = exported["precisions"]["bf16"]["pruned"]
+    assert copy.file(entry["file"]).is_file()
+    assert file_line(copy.path, entry, None).endswith("not compared with PyTorch")
+    assert "| pruned-bf16.onnx |" in (page := report_run(copy).read_text()) and "not compared" in page
 
 
 def test_a_file_of_the_user_stays(copy):

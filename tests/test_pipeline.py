@@ -1,7 +1,10 @@
 """The main job as a library: what is trained, kept, cut, resumed and loaded again."""
 
+import fcntl
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +198,23 @@ def test_a_stop_anywhere_changes_nothing(configure, go, folder, recipe, stop):
     assert watcher.epochs[-1] == "finetune 2"
     for name in ("plan.json", "pruned.safetensors", "dense.safetensors", "result.json", "metrics.jsonl"):
         assert stopped.file(name).read_bytes() == whole.file(name).read_bytes(), name
+
+
+def test_of_two_processes_one_trains_and_the_other_waits_for_it(configure, folder):
+    config, told = configure(), threading.Event()
+    whole = train_dense(prepare(config), folder / "dense", Silent()).read_bytes()
+    (path,) = (folder / "other").parent.glob("dense/*.safetensors")
+    elsewhere, watcher = folder / "other" / path.name, Recorder()
+    elsewhere.parent.mkdir()
+    with ThreadPoolExecutor(1) as pool, elsewhere.with_suffix(".lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = pool.submit(train_dense, prepare(config), elsewhere.parent, watcher, lambda _: told.set())
+        assert told.wait(60)
+        for suffix in (".safetensors", ".json"):
+            elsewhere.with_suffix(suffix).write_bytes(path.with_suffix(suffix).read_bytes())
+        fcntl.flock(held, fcntl.LOCK_UN)
+        assert waiting.result(60).read_bytes() == whole
+    assert watcher.epochs == []
 
 
 def test_a_dense_network_is_trained_once(configure, go, folder):

@@ -45,6 +45,18 @@ def test_the_latest_run_is_the_one_that_finished_last(tmp_path):
         Run.latest(root, command="train")
 
 
+def test_a_run_whose_pointer_could_not_be_written_is_not_finished(run):
+    """The same command goes on with it, and writes the pointer."""
+    blocker = run.root / "latest-prune"
+    blocker.mkdir()
+    with pytest.raises(RunError, match="latest-prune"):
+        run.finish("prune")
+    assert not run.finished
+    blocker.rmdir()
+    run.finish("prune")
+    assert run.finished and Run.latest(run.root).path == run.path
+
+
 def test_a_run_that_lies_elsewhere_can_be_the_latest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = Run.create(Path("runs"), "prune", {}, path=Path("elsewhere/mine"))

@@ -50,7 +50,7 @@ class Space:
         if blocks and not graph.branches:
             raise UsageError("only blocks were to go, and no branch of this network can; prune widths instead")
         self.graph, self._cost, self._dense, self._blocks = graph, cost, cost.dense, blocks
-        self._low = _least(graph, graph.sizes.max() * min_width if blocks else min_width)
+        self._low = graph.sizes.copy() if blocks else _least(graph, min_width)
         self.units = np.array([gcd(g.size, max(1, align // g.unit)) for g in graph.groups], dtype=np.int64)
         self.items = self._make_items()
         meet = _meetings(self.items)
@@ -159,7 +159,7 @@ class Space:
 
 def _least(graph: ChannelGraph, channels: int) -> Ints:
     """The gates of every group that make at least this many channels, or all of them, int64 [G]."""
-    return np.array([min(group.size, -(-int(channels) // group.unit)) for group in graph.groups], dtype=np.int64)
+    return np.array([min(group.size, -(-channels // group.unit)) for group in graph.groups], dtype=np.int64)
 
 
 def _thinned(steps: Ints, limit: int) -> list[int]:

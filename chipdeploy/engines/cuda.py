@@ -25,13 +25,27 @@ def require_gpu(what: str) -> None:
 
 
 def this_gpu() -> tuple[str, str]:
-    """Compute capability, e.g. `sm90`, and name of the first GPU; empty without one."""
+    """Compute capability, e.g. `sm90`, and name of the current GPU; empty without one."""
     import torch
 
     if not torch.cuda.is_available():
         return "", ""
     major, minor = torch.cuda.get_device_capability()
     return f"sm{major}{minor}", torch.cuda.get_device_name()
+
+
+def current_gpu() -> int:
+    """Number of the GPU that torch works on; 0 where torch sees none."""
+    import torch
+
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
+def use_gpu(number: int) -> None:
+    """Make a GPU the one that torch, and what asks `current_gpu`, works on from here."""
+    import torch
+
+    torch.cuda.set_device(number)
 
 
 class Replay:
@@ -84,7 +98,10 @@ class Replay:
         return result
 
     def stopwatch(self, values: Tensor) -> Callable[[], float]:
-        """A call that runs once and returns seconds between two events on the stream: no copy, no wait of the host."""
+        """A call that runs once and returns seconds between two events on the stream: no copy to or from the host.
+
+        Where the device is idle by then, the launch of the first kernel is within.
+        """
         import torch
 
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]

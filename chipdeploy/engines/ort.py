@@ -12,6 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from chipdeploy.engines.base import Images, LayerTime, check_images, check_options, check_threads, engine
+from chipdeploy.engines.cuda import current_gpu
 from chipdeploy.engines.target import CPU, Target
 from chipdeploy.errors import ExportError, MissingError, UsageError
 
@@ -96,11 +97,11 @@ class OrtEngine:
         import numpy as np
         import onnxruntime as ort
 
-        binding = session.io_binding()
-        binding.bind_ortvalue_input(self._input, ort.OrtValue.ortvalue_from_numpy(images, "cuda", 0))
+        binding, gpu = session.io_binding(), current_gpu()
+        binding.bind_ortvalue_input(self._input, ort.OrtValue.ortvalue_from_numpy(images, "cuda", gpu))
         shape = (len(images), *session.get_outputs()[0].shape[1:])
         binding.bind_ortvalue_output(
-            self._output, ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, "cuda", 0)
+            self._output, ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, "cuda", gpu)
         )
         return binding
 
@@ -192,8 +193,10 @@ def open_session(path: Path, threads: int, provider: str, *, profile: Path | Non
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    cuda = CUDA_OPTIONS | {"enable_cuda_graph": str(int(graph))}
-    wanted = [(provider, cuda)] if provider == CUDA_PROVIDER else [provider]
+    wanted: list[Any] = [provider]
+    if provider == CUDA_PROVIDER:
+        place = {"device_id": str(current_gpu()), "enable_cuda_graph": str(int(graph))}
+        wanted = [(provider, CUDA_OPTIONS | place)]
     try:
         session = ort.InferenceSession(str(path), sess_options=options, providers=wanted)
         if entry := session.get_modelmeta().custom_metadata_map.get(ENTRY):

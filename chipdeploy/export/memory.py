@@ -34,8 +34,10 @@ SHAPE_TYPES = {"int64", "int32", "bool"}
 FROM_VALUES = {"Compress", "NonMaxSuppression", "NonZero", "Unique"}  # what they give is as large as the data say
 SMALL = (2, 3)  # batches whose values all fit into the memory
 
-# Of a value, in the precisions of the targets.
-VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+# Of a value, in the precisions of the targets. int8 and fp8 files hold what layers give, and sums, in fp32: where a
+# runtime keeps less of it, the network is smaller than was promised, not larger.
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+ACTIVATION_BYTES = WEIGHT_BYTES | {"int8": 4, "fp8": 4}
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ class Footprint:
         return (self.weights + self.activations) / 1e6
 
     def at(self, precision: str) -> Footprint:
-        """Of the same network with all values in another precision than fp32."""
-        share = VALUE_BYTES[precision] / VALUE_BYTES["fp32"]
-        return Footprint(round(self.weights * share), round(self.activations * share))
+        """Of the same network in another precision than fp32."""
+        weights, activations = (table[precision] / table["fp32"] for table in (WEIGHT_BYTES, ACTIVATION_BYTES))
+        return Footprint(round(self.weights * weights), round(self.activations * activations))
 
 
 def footprint(path: Path, batch: int) -> Footprint:

@@ -105,6 +105,7 @@ class ChannelGraph:
     branches: tuple[Branch, ...]
     input_shape: tuple[int, ...]
     norms: tuple[Slot, ...] = ()  # weights of norms whose statistics are taken of the living channels
+    ops: tuple[tuple[str, int], ...] = ()  # what the network calls, by name, and how often
 
     @cached_property
     def sizes(self) -> Ints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -109,6 +110,7 @@ def _search(
         _walk_training(tracing, trained)
     settle(tracing, exclude)
     output = next(node for node in program.graph.nodes if node.op == "output")
+    ops = Counter(op_name(node) for node in program.graph.nodes if node.op == "call_function")
     banned: dict[str, type | None] = {}
     whole, failure = False, Failure("", None)
     for _ in range(MOST_REPAIRS):
@@ -118,7 +120,7 @@ def _search(
             raise ModelError(f"nothing to prune: every channel is pinned; {_most_frequent(graph, tracing)}")
         found = trials.failure(graph)
         if found is None:
-            return graph
+            return replace(graph, ops=tuple(sorted(ops.items())))
         failure = found
         if failure.vanished:
             whole = True  # outside branches every group keeps a channel

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from chipdeploy.engines.base import Images, open_engine
+from chipdeploy.engines.cuda import current_gpu, use_gpu
 from chipdeploy.engines.target import Target
 from chipdeploy.errors import RunError
 from chipdeploy.latency.measure import Comparison
@@ -29,7 +30,7 @@ def time_apart(
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         np.save(Path(folder) / "images.npy", images)
         asked = {"target": target.name, "dense": str(dense.resolve()), "pruned": str(pruned.resolve())}
-        write_json(request, asked | {"threads": threads, "seconds": seconds, "blocks": blocks})
+        write_json(request, asked | {"gpu": current_gpu(), "threads": threads, "seconds": seconds, "blocks": blocks})
         # -P: what lies in the working directory is no module of ours.
         command = [sys.executable, "-P", "-m", __name__, folder]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -44,6 +45,8 @@ def main(folder: Path) -> None:
     asked = read_json(folder / "request.json")
     images, target = np.load(folder / "images.npy"), Target.parse(asked["target"])
     options = {} if target.on_gpu else {"threads": int(asked["threads"])}
+    if target.on_gpu:
+        use_gpu(int(asked["gpu"]))
     paths = (asked["dense"], asked["dense"], asked["pruned"])
     dense, control, pruned = (open_engine(target, Path(path), **options) for path in paths)
     seconds, blocks = float(asked["seconds"]), int(asked["blocks"])

@@ -15,7 +15,7 @@ from chipdeploy.latency.predict import LatencyCost
 
 POINTS = 10  # of a curve
 DRAWS = 3  # of channel scores: what will be kept is not known before training, and moves the time a little
-LARGEST = 0.98
+LEAST, LARGEST = 0.01, 0.98  # of a curve's points; one more where the smallest network is smaller
 KINDS = tuple(BUDGETS)
 
 
@@ -35,8 +35,13 @@ class Curve:
     low: Floats
     high: Floats
 
-    def at(self, share: float) -> tuple[float, float, float]:
-        """The budget that gives a share of the dense time, and the interval in which it may lie."""
+    def at(self, share: float) -> tuple[float, float, float] | None:
+        """The budget that gives a share of the dense time, and the interval in which it may lie.
+
+        None where plans under the smallest budget of this kind still take more.
+        """
+        if share < self.ratio[0]:
+            return None
         found = [self._inverse(side, share) for side in (self.ratio, self.high, self.low)]
         return found[0], found[1], found[2]
 
@@ -65,19 +70,25 @@ def curves(
     draws = [np.ones(graph.channels)]
     draws += [np.random.default_rng(seed).lognormal(0.0, 1.0, graph.channels) for seed in range(1, DRAWS)]
     found, done = [], 0
-    for kind in kinds:
-        under = projector.under(CostModel.of(graph, BUDGETS[kind]))
-        keeps = np.geomspace(max(under.smallest * 1.02, 0.01), LARGEST, POINTS)
-        ratios = np.empty((DRAWS, POINTS))
+    projectors = [projector.under(CostModel.of(graph, BUDGETS[kind])) for kind in kinds]
+    shares = [_points(under.smallest * 1.02) for under in projectors]
+    for kind, under, keeps in zip(kinds, projectors, shares, strict=True):
+        ratios = np.empty((DRAWS, len(keeps)))
         for point, keep in enumerate(keeps):
             for number, scores in enumerate(draws):
                 ratios[number, point] = cost.count(under.widths(scores, float(keep)))
             done += 1
             if on_point:
-                on_point(done, len(kinds) * POINTS)
+                on_point(done, sum(map(len, shares)))
         low, high = ratios.min(axis=0) / (1 + cost.spread), ratios.max(axis=0) * (1 + cost.spread)
         found.append(Curve(kind, keeps, np.median(ratios, axis=0), low, high))
     return found
+
+
+def _points(smallest: float) -> Floats:
+    """Budgets of a curve, from the smallest that can be kept."""
+    found = np.geomspace(max(smallest, LEAST), LARGEST, POINTS)
+    return found if smallest >= LEAST else np.append(smallest, found)
 
 
 def check_reach(projector: Projector, cost: LatencyCost, share: float, dense_ms: float) -> None:

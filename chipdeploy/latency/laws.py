@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from chipdeploy.latency.shapes import LayerShapes
 TRUST = 1.0  # weight of one measured network against the belief that what layers took needs no scaling
 BLIND_TRUST = 0.1  # the same where no runtime told the times of layers, and MACs stand in for them
 MOST_OVERHEAD = 0.8  # of the smallest layer's time that may be the profiler's own
+LEAST_TOLD = 0.5  # of a network's time that must bear names of its layers for the runtime to have told it
 ON, OFF = 4, 9  # coefficients of a law on the stairs and off them
 
 
@@ -70,24 +71,35 @@ def fitted_laws(
         widths: [N, G].
         ratios: times of whole networks over the dense one's, [N].
     """
-    if layers[0]:
+    if _told(shapes, layers) >= LEAST_TOLD:
         return corrected(shapes, laws_of_layers(shapes, layers, widths, step), widths, ratios, TRUST)
     return corrected(shapes, laws_of_macs(shapes, step), widths, ratios, BLIND_TRUST)
+
+
+def _told(shapes: LayerShapes, layers: Sequence[Mapping[str, float]]) -> float:
+    """Share of the networks' time that bears names of layers; a runtime may fuse them under names of its own."""
+    named = sum(row.get(name, 0.0) for row in layers for name in shapes.names)
+    whole = sum(sum(row.values()) for row in layers)
+    return named / whole if whole else 0.0
 
 
 def laws_of_layers(
     shapes: LayerShapes, layers: Sequence[Mapping[str, float]], widths: Ints, step: int
 ) -> tuple[Law, ...]:
-    """From the times of single layers, each in its network."""
+    """From the times of single layers, each in its network; by MACs for a kind of which nothing was told."""
     into, out, alive = shapes.at(widths)
     times = np.array([[row.get(name, 0.0) for name in shapes.names] for row in layers])
-    kinds, found = np.array(shapes.kinds), []
+    kinds, found, untold = np.array(shapes.kinds), [], laws_of_macs(shapes, step)
+    seconds, work = 0.0, 0.0
     for kind in range(kinds.max() + 1):
         members = kinds == kind
         told = alive[:, members] & (times[:, members] > 0)
         one, other, seen = (table[:, members][told] for table in (into, out, times))
-        found.append(_law(one, other, seen, _deep(shapes, kind), step))
-    return tuple(found)
+        seconds, work = seconds + seen.sum(), work + untold[kind].at(one, other).sum()
+        found.append(_law(one, other, seen, _deep(shapes, kind), step) if told.any() else None)
+    rate = seconds / work
+    scaled = (replace(law, on=law.on * rate, off=law.off * rate) for law in untold)
+    return tuple(law or other for law, other in zip(found, scaled, strict=True))
 
 
 def laws_of_macs(shapes: LayerShapes, step: int) -> tuple[Law, ...]:

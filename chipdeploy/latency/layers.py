@@ -51,7 +51,8 @@ def layer_seconds(times: Sequence[LayerTime], names: Mapping[str, tuple[str, ...
     seconds: dict[str, float] = {"": 0.0}
     doubtful = []
     for time in times:
-        layers = names.get(time.name, ())
+        # TensorRT joins the names of what it fuses: "node_conv2d + node_relu".
+        layers = tuple(layer for name in time.name.split(" + ") for layer in names.get(name, ()))
         if len(layers) == 1 and layers[0] not in seconds:
             seconds[layers[0]] = time.ms / 1e3
         elif layers:

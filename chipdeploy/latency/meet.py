@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -56,6 +56,7 @@ class Met:
         ms: the goal, where it was asked for in milliseconds.
         met: the measured time is at most the goal; `near`: and at least 97 % of it.
         comparison: of the confirming measurement, with engines of its own.
+        confirmations: all that were made, those that did not hold among them.
     """
 
     mask: Mask
@@ -65,6 +66,7 @@ class Met:
     near: bool
     comparison: Comparison
     tries: tuple[Try, ...]
+    confirmations: tuple[Try, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, the raw times of the confirmation among them."""
@@ -79,6 +81,7 @@ class Met:
             "pruned_ms": self.comparison.pruned_ms,
             "noise": self.comparison.noise,
             "tries": [one.to_dict() for one in self.tries],
+            "confirmations": [one.to_dict() for one in self.confirmations],
             "confirmation": self.comparison.to_dict(),
         }
 
@@ -120,7 +123,8 @@ def meet(
 
     After each measurement the predictor is scaled to meet it. A plan that passes is measured once more in processes
     of its own; only what passes twice ends the search, at first only if it is not near the lower end. Where nothing
-    does, the slowest plan within the goal is taken, and where there is none, the fastest.
+    does, the slowest plan within the goal is taken, and where there is none, the fastest. No plan is confirmed twice:
+    one that did not hold would be measured until it does.
 
     Args:
         goal: share of the dense time, in (0, 1).
@@ -207,19 +211,24 @@ def _chosen(
     tries: tuple[Try, ...],
     confirmed: list[tuple[Try, Comparison]],
 ) -> Met:
-    passed = [one for one in confirmed if asked.fits(one[0].over)]
+    again = {one.mask.tobytes(): (one, comparison) for one, comparison in confirmed}
+    passed = [found for found in confirmed if asked.fits(found[0].over)]
     if passed:
-        return _met(max(passed, key=lambda one: one[0].over), asked, tries)
+        return _met(max(passed, key=lambda found: found[0].over), asked, tries, again)
     under = sorted((one for one in tries if one.over <= 1), key=lambda one: -one.over)
-    for candidate in under:  # the slowest that holds when it is measured again
-        again = _confirmed(rig, cost, asked, candidate.share, candidate.mask)
-        if again[0].over <= 1:
-            return _met(again, asked, tries)
-    fastest = min(tries, key=lambda one: one.over)
-    return _met(_confirmed(rig, cost, asked, fastest.share, fastest.mask), asked, tries)
+    for candidate in (*under, min(tries, key=lambda one: one.over)):  # the slowest that holds, or the fastest
+        key = candidate.mask.tobytes()
+        if key not in again:
+            again[key] = _confirmed(rig, cost, asked, candidate.share, candidate.mask)
+        if again[key][0].over <= 1:
+            break
+    return _met(again[key], asked, tries, again)
 
 
-def _met(found: tuple[Try, Comparison], asked: Asked, tries: tuple[Try, ...]) -> Met:
+def _met(
+    found: tuple[Try, Comparison], asked: Asked, tries: tuple[Try, ...], again: Mapping[bytes, tuple[Try, Comparison]]
+) -> Met:
     one, comparison = found
     goal = asked.ms / comparison.dense_ms if asked.ms else asked.share
-    return Met(one.mask, goal, asked.ms, one.over <= 1, asked.fits(one.over), comparison, tries)
+    all_again = tuple(each for each, _ in again.values())
+    return Met(one.mask, goal, asked.ms, one.over <= 1, asked.fits(one.over), comparison, tries, all_again)

@@ -27,6 +27,14 @@ from chipdeploy.run import write_text
 SCHEMA = 1
 WORTH_A_STEP = 0.5  # share of the saved MACs that must be saved in time where a step is one of the device's stairs
 
+# Whose versions a time depends on, by runtime.
+PACKAGES = {
+    "ort": ("onnxruntime", "onnxruntime-gpu"),
+    "trt": ("tensorrt",),
+    "rtx": ("tensorrt-rtx-cu13",),
+    "torch": ("torch",),
+}
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -78,6 +86,7 @@ class LatencyProfile:
         spent_s: seconds that measuring took, export and building included.
         steps: channels that the first variants lack, see `probes`.
         finished: all the time that was asked for was spent; an interrupted measuring goes on.
+        ops: what the network calls, and how often; empty in profiles of older versions.
     """
 
     model: str
@@ -89,6 +98,7 @@ class LatencyProfile:
     steps: tuple[int, ...] = ()
     rounds: tuple[Round, ...] = ()
     finished: bool = True
+    ops: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def machine(self) -> str:
@@ -160,6 +170,20 @@ class LatencyProfile:
                 "measure one with 'chipdeploy profile'"
             )
 
+    def other_ops(self, graph: ChannelGraph) -> str:
+        """Why the profile is of a network that calls something else, such as another activation; empty where not.
+
+        Widths mean the same there, times do not.
+        """
+        now = dict(graph.ops)
+        changed = [name for name in sorted({*self.ops, *now}) if self.ops.get(name, 0) != now.get(name, 0)]
+        if not changed or not self.ops or not now:
+            return ""
+        name = changed[0]
+        return (
+            f"measured for a network that calls {name} {self.ops.get(name, 0)} times; this one {now.get(name, 0)} times"
+        )
+
     def check_setting(self, setting: Setting) -> None:
         """Raises RunError where the profile was measured in another setting."""
         for what, got, wanted in (
@@ -179,9 +203,8 @@ class LatencyProfile:
         if self.machine != here["machine"]:
             return f"measured on {self.machine}; this is {here['machine']}"
         before, now = (facts.get("versions", {}) for facts in (self.environment, here))
-        for name in ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "torch"):
-            relevant = name == "torch" if self.setting.target.runtime == "torch" else name != "torch"
-            if relevant and name in before and before[name] != now.get(name):
+        for name in PACKAGES[self.setting.target.runtime]:
+            if name in before and before[name] != now.get(name):
                 return f"measured with {name} {before[name]}; here is {now.get(name, 'none')}"
         return ""
 
@@ -200,6 +223,7 @@ class LatencyProfile:
             "seed": self.seed,
             "spent_s": round(self.spent_s, 1),
             "finished": self.finished,
+            "ops": dict(self.ops),
             "steps": list(self.steps),
             "rounds": [
                 {
@@ -253,6 +277,7 @@ class LatencyProfile:
                 tuple(map(int, raw["steps"])),
                 tuple(_round(one) for one in raw["rounds"]),
                 bool(raw.get("finished", True)),
+                {str(name): int(count) for name, count in raw.get("ops", {}).items()},
             )
             if not found.rounds:
                 raise ValueError("no rounds")
@@ -290,6 +315,11 @@ class LatencyProfile:
         return replace(
             self, rounds=(*self.rounds, one), steps=steps, environment=environment, spent_s=self.spent_s + spent_s
         )
+
+
+def short_name(model: str) -> str:
+    """`my_net.py:build` of `/home/me/nets/my_net.py:build`: profiles are sent to others. Other names stay."""
+    return Path(model).name if ".py:" in model else model
 
 
 def graph_digest(graph: ChannelGraph) -> str:

@@ -15,7 +15,7 @@ from chipdeploy.graph.channels import ChannelGraph, Mask
 from chipdeploy.graph.labels import Ints
 from chipdeploy.latency.gpu import environment_of
 from chipdeploy.latency.predict import LEAST
-from chipdeploy.latency.profile import LatencyProfile, Round, Variant, graph_digest
+from chipdeploy.latency.profile import LatencyProfile, Round, Variant, graph_digest, short_name
 from chipdeploy.latency.rig import Rig, Setting
 from chipdeploy.latency.variants import Variants, probes
 
@@ -110,13 +110,14 @@ def measured_round(rig: Rig, widths: Sequence[Ints], seconds: float | None = Non
     for _ in range(1 + REPEATS):
         dense_layers, layers = rig.layers(rig.dense), [rig.layers(engine) for engine in engines]
         found = rig.time(engines, seconds=seconds or ROUND_S, blocks=BLOCKS)
-        if not found[0].noisy:
+        noise = next((one.noise for one in found if one.noisy), "")
+        if not noise:
             break
     rig.forget()
     variants = tuple(
         Variant(tuple(row.tolist()), one.pruned_s, times) for row, one, times in zip(widths, found, layers, strict=True)
     )
-    return Round(found[0].dense_s, found[0].control_s, variants, dense_layers, found[0].noise)
+    return Round(found[0].dense_s, found[0].control_s, variants, dense_layers, noise)
 
 
 def _top(graph: ChannelGraph, widths: Ints) -> Mask:
@@ -130,7 +131,8 @@ def _top(graph: ChannelGraph, widths: Ints) -> Mask:
 
 def _begun(graph: ChannelGraph, setting: Setting, name: str, seed: int, path: Path | None) -> LatencyProfile:
     """An empty profile, or the one in `path`, if it is of the same."""
-    empty = LatencyProfile(name, graph_digest(graph), setting, environment_of(setting.target), seed)
+    here = environment_of(setting.target)
+    empty = LatencyProfile(short_name(name), graph_digest(graph), setting, here, seed, ops=dict(graph.ops))
     if path is None or not path.is_file():
         return empty
     found = LatencyProfile.load(path)
@@ -138,6 +140,6 @@ def _begun(graph: ChannelGraph, setting: Setting, name: str, seed: int, path: Pa
     found.check_graph(graph)
     if found.seed != seed:
         raise RunError(f"{path} was begun with the seed {found.seed}, now {seed}; give the same, or another file")
-    if other := found.foreign(empty.environment):
-        raise RunError(f"{path} was {other}; times of two machines are not mixed: give another file")
+    if other := found.foreign(here) or found.other_ops(graph):
+        raise RunError(f"{path} was {other}; times of both are not mixed: give another file")
     return found

@@ -11,10 +11,11 @@ from typing import Any
 
 from chipdeploy.errors import RunError
 from chipdeploy.graph.channels import ChannelGraph
-from chipdeploy.latency.profile import LatencyProfile, graph_digest
+from chipdeploy.latency.profile import LatencyProfile, graph_digest, short_name
 from chipdeploy.latency.rig import Setting
 
 FOLDER = "profiles"  # below the folder of the runs
+LONGEST = 60  # characters of a model's name in the name of a file
 
 
 def shipped() -> dict[str, Path]:
@@ -68,7 +69,15 @@ def place(model: str, graph: ChannelGraph, setting: Setting, here: Mapping[str, 
 def file_name(model: str, graph: ChannelGraph, setting: Setting, machine: str) -> str:
     """`resnet56-3x32x32-ort-cpu-b1-t1-amd-epyc-avx2-1-core-no-gpu-1f0c9a.json`; the last part tells graphs apart."""
     shape, threads = "x".join(map(str, setting.input_shape)), "" if setting.target.on_gpu else f"t{setting.threads}"
-    parts = [model, shape, setting.target.name, f"b{setting.batch}", threads, machine, graph_digest(graph)[:6]]
+    parts = [
+        short_name(model)[:LONGEST],
+        shape,
+        setting.target.name,
+        f"b{setting.batch}",
+        threads,
+        machine,
+        graph_digest(graph)[:6],
+    ]
     return re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-") + ".json"
 
 
@@ -86,5 +95,5 @@ def _fitting(path: Path, graph: ChannelGraph, setting: Setting, here: Mapping[st
         profile = LatencyProfile.load(path)
     except RunError:  # another's mistake is no reason to refuse this one's work; --list says what is wrong
         return None
-    fits = profile.graph == graph_digest(graph) and not profile.foreign(here) and _same(profile, setting)
-    return profile if fits else None
+    same = profile.graph == graph_digest(graph) and not profile.other_ops(graph)
+    return profile if same and not profile.foreign(here) and _same(profile, setting) else None

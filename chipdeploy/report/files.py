@@ -28,15 +28,20 @@ def files_section(export: Artifact | None) -> str:
 
 
 def _file_line(entry: Artifact, name: str) -> tuple[str, ...]:
-    file, check = entry[name], entry["verification"][name]
+    file, check = entry[name], entry["verification"].get(name)
     accuracy = file.get("accuracy")
+    compared = ("not compared", *[NOTHING] * 3)  # nothing here can run it
+    if check:
+        compared = (
+            f"{check['max_relative_error']:.1e}",
+            f"{check['tolerance']:.0e}",
+            percent_text(check["top1_agreement"]),
+            ", ".join(map(str, check["batches"])),
+        )
     return (
         file.get("file", name),
         bytes_text(file["bytes"]) if "bytes" in file else NOTHING,
-        f"{check['max_relative_error']:.1e}",
-        f"{check['tolerance']:.0e}",
-        percent_text(check["top1_agreement"]),
-        ", ".join(map(str, check["batches"])),
+        *compared,
         f"{percent_text(accuracy['top1'])} of {accuracy['images']}" if accuracy else NOTHING,
     )
 
@@ -57,12 +62,14 @@ def choice_section(export: Artifact | None) -> str:
         for row in best["table"]
     ]
     headers = ("precision", "validation accuracy", "drop", "time / fp32 (95 %)")
+    return f"## Precisions\n\n{markdown_grid(headers, lines)}\n\nTaken: {choice_text(best)}."
+
+
+def choice_text(best: Artifact) -> str:
+    """What was taken, and why."""
     limit = f"loses at most {best['max_drop_points']:g} points and is faster than fp32 for certain"
-    if best["precision"] == "fp32":
-        sentence = f"Taken: fp32 on {best['target']}, since nothing else {limit}."
-    else:
-        sentence = f"Taken: {best['precision']} on {best['target']}, the fastest that {limit}."
-    return f"## Precisions\n\n{markdown_grid(headers, lines)}\n\n{sentence}"
+    why = f"since nothing else {limit}" if best["precision"] == "fp32" else f"the fastest that {limit}"
+    return f"{best['precision']} on {best['target']}, {why}"
 
 
 def engines_section(export: Artifact | None) -> str:

@@ -15,7 +15,7 @@ from chipdeploy.errors import TargetError, UsageError
 from chipdeploy.training.autocast import autocast
 from chipdeploy.training.distill import Teacher
 from chipdeploy.training.replay import Replayed, replayable, set_rate
-from chipdeploy.training.seeding import seed_all
+from chipdeploy.training.seeding import seed_all, seeded
 from chipdeploy.training.splits import Split
 
 REPORT_EVERY = 20  # steps between two looks at the loss: reading it waits for the device
@@ -158,12 +158,13 @@ def renew_norms(network: nn.Module, split: Split, *, batch: int, device: torch.d
     training = network.training
     network.train()
     seen = 0
-    for images, _ in split.batches(batch, seed=0, augment=True, device=device):
-        with _large_enough(images), autocast(device):
-            network(images)
-        seen += len(images)
-        if seen >= RENEWAL_IMAGES:
-            break
+    with seeded(0):  # a network may draw: a run that was resumed here ends as one that was not
+        for images, _ in split.batches(batch, seed=0, augment=True, device=device):
+            with _large_enough(images), autocast(device):
+                network(images)
+            seen += len(images)
+            if seen >= RENEWAL_IMAGES:
+                break
     network.train(training)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -64,6 +64,33 @@ def test_blocks_go_whole_or_not_at_all(resnet):
     assert all(widths[number] == resnet.sizes[number] for number in favoured)
 
 
+class Grouped(nn.Module):
+    """A branch in which a gate stands for eight channels, on a stream of 16."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(16, 64, 1), nn.Conv2d(64, 64, 3, padding=1, groups=8), nn.Conv2d(64, 16, 1))
+            for _ in range(3)
+        )
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for branch in self.branches:
+            x = x + branch(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_whole_blocks_stay_whole_where_a_gate_stands_for_many_channels():
+    graph = trace(Grouped(), torch.randn(2, 3, 8, 8))
+    assert max(group.unit for group in graph.groups) == 8
+    for keep in (0.3, 0.5, 0.9):
+        widths = widths_of(graph, keep, blocks=True)
+        assert set((widths / graph.sizes).tolist()) == {0.0, 1.0}
+
+
 class Heads(nn.Module):
     """A grouped convolution with eight groups of four, so that a gate stands for four channels."""
 

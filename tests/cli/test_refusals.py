@@ -430,8 +430,8 @@ def test_flags_that_change_nothing_are_named(tmp_path, data, call, finished):
     idle = ("--on", "trt-fp16", "--minutes", "9", "--bench-batch", "4", "--train-epochs", "7")
     line = ("prune", "resnet20", "--data", data, "--flops", "0.0001", *SHORT, "--weights", weights, *idle)
     notes = call(*line, cwd=tmp_path).err.splitlines()
-    assert "note: there is no latency goal, so nothing comes of --on, --minutes" in notes
-    assert "note: there is no latency goal and no --max-size-mb, so nothing comes of --bench-batch" in notes
+    assert "note: there is no latency goal, so nothing comes of --minutes" in notes
+    assert "note: there is no latency goal and no --max-size-mb, so nothing comes of --on, --bench-batch" in notes
     assert "note: the weights are given, so nothing comes of --train-epochs" in notes
 
 

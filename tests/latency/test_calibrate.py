@@ -7,8 +7,12 @@ import torch
 from chipdeploy.chipnet.costs import CostModel
 from chipdeploy.chipnet.project import Projector
 from chipdeploy.graph.trace import trace
-from chipdeploy.latency.calibrate import curves
+from chipdeploy.latency.calibrate import check_reach, curves
+from chipdeploy.latency.goal import Goal
+from chipdeploy.latency.profile import LatencyProfile
 from chipdeploy.latency.store import by_name
+from chipdeploy.latency.store import shipped as known
+from chipdeploy.meeting import Meeting
 from chipdeploy.training.models import build_model
 
 SHARE = 0.6
@@ -43,3 +47,27 @@ def test_the_rules_of_the_run_move_the_budget(shipped):
         for blocks in (False, True)
     }
     assert found[True] > found[False] + 0.05  # whole blocks leave nothing off the kernels' steps
+
+
+def test_no_budget_is_said_for_a_time_that_it_does_not_reach(shipped):
+    graph, cost = shipped
+    (curve,) = curves(Projector(graph, cost, 16), cost, kinds=("params",))
+    least = float(curve.ratio[0])
+    assert curve.at(least * 0.9) is None
+    keep, _, _ = curve.at(least * 1.001)
+    under = Projector(graph, cost, 16).under(CostModel.of(graph, "params"))
+    assert keep == pytest.approx(under.smallest, rel=0.05)
+    assert cost.count(under.widths(np.ones(graph.channels), keep)) <= least * 1.05
+
+
+@pytest.mark.parametrize("via", ["latency", "flops"])
+def test_a_goal_that_may_be_within_reach_is_a_budget_that_is(shipped, via):
+    """A little below what the smallest network is predicted to take: refused before a training, or not at all."""
+    graph, cost = shipped
+    name = "resnet20-3x32x32-ort-cpu-b1-t1-amd-epyc-avx-512-vnni-2-cores-no-gpu-f501ac"
+    profile, projector = LatencyProfile.load(known()[name]), Projector(graph, cost, 16)
+    share = projector.smallest / (1 + cost.spread / 2)
+    check_reach(projector, cost, share, profile.dense_ms)
+    budget = Meeting(Goal("ratio", share), profile, via).budget(projector)
+    under = projector if via == "latency" else projector.under(CostModel.of(graph, "macs"))
+    under.check(budget.keep)

@@ -27,3 +27,8 @@ def test_names_that_two_layers_may_bear_go_to_the_one_that_is_left():
     names = {"a": ("one",), "sum": ("one", "two")}
     times = [LayerTime("sum", "Conv", 2.0), LayerTime("a", "Conv", 1.0), LayerTime("pool", "MaxPool", 4.0)]
     assert layer_seconds(times, names) == {"": 4e-3, "one": 1e-3, "two": 2e-3}
+
+
+def test_fused_kernels_that_bear_the_names_of_all_their_operators():
+    times = [LayerTime("conv + relu", "Conv", 2.0), LayerTime("reformat + pool", "MaxPool", 1.0)]
+    assert layer_seconds(times, {"conv": ("one",)}) == {"": 1e-3, "one": 2e-3}

@@ -149,6 +149,18 @@ def test_one_lucky_measurement_does_not_end_the_search(tiny, cost, proposer):
     assert 1.2 * device.ratio(group_widths(tiny[1], met.mask)) <= 0.5
 
 
+def test_a_plan_that_did_not_hold_is_not_measured_until_it_does(tiny, cost):
+    """The only plan there is: lucky in its first try, and it would be lucky again in another confirmation."""
+    mask = random_mask(tiny[1], 0, 0.0)
+    ratio = Device(tiny[1]).ratio(group_widths(tiny[1], mask))
+    device = Device(tiny[1], noise=[0.97, *[1.0] * OPENINGS, *[0.97] * 20])
+    met = meet(device, cost, lambda share: mask, 0.99 * ratio)
+    assert len(device.asked) == 1 + OPENINGS
+    assert not met.met
+    assert met.comparison.ratio == pytest.approx(ratio)
+    assert [one["ratio"] for one in met.to_dict()["confirmations"]] == [pytest.approx(ratio)]
+
+
 def test_facts_are_plain_values(tiny, cost, proposer):
     facts = meet(Device(tiny[1]), cost, proposer(), 0.5).to_dict()
     assert facts["ratio"] == pytest.approx(facts["pruned_ms"] / facts["dense_ms"])

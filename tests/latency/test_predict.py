@@ -135,6 +135,24 @@ def test_whole_networks_teach_what_no_law_says(tiny, device, plans):
     assert np.median(np.abs(guess / truth - 1)) < 0.05
 
 
+def test_times_under_names_that_nobody_knows_are_no_times_of_layers(tiny, device, plans):
+    """A runtime may fuse all, or all layers of a kind, into kernels with names of its own."""
+    _, graph = tiny
+    kinds = dict(zip(device.shapes.names, device.shapes.kinds, strict=True))
+
+    def hidden(widths, hides):
+        one = device.sample(widths)
+        layers = {name: time for name, time in one.layers.items() if not hides(kinds[name])}
+        return replace(one, layers={"": sum(one.layers.values()) - sum(layers.values())} | layers)
+
+    truth = np.array([device.sample(widths).ratio for widths in plans[1]])
+    one = kinds["one.first.0"]
+    for hides in (lambda kind: True, lambda kind: kind == one, lambda kind: kind != one):
+        found = fit(graph, [hidden(widths, hides) for widths in plans[0]], STEP)
+        guess = found.counts(np.array(plans[1]))
+        assert np.median(np.abs(guess / truth - 1)) < 0.05
+
+
 def test_a_change_of_a_group_changes_only_what_it_touches(tiny, cost):
     _, graph = tiny
     terms = np.arange(len(cost.shapes.names))

@@ -219,6 +219,9 @@ def test_only_the_runtime_that_was_timed_matters(profile):
     here = environment()
     other_torch = {**here, "versions": {**here["versions"], "torch": "99.0"}}
     assert profile.foreign(other_torch) == ""
+    builder = {"tensorrt-rtx-cu13": "0.1"}
+    beside = replace(profile, environment={**here, "versions": here["versions"] | builder})
+    assert beside.foreign(here) == ""
     eager = replace(profile, setting=replace(SETTING, target=Target.parse("torch-cpu")))
     assert "measured with torch" in eager.foreign(other_torch)
     assert eager.foreign({**here, "versions": {**here["versions"], "onnxruntime": "99.0"}}) == ""

@@ -100,3 +100,13 @@ def test_renewed_norms_hold_the_statistics_of_the_images_they_saw():
     # With a crop out of black borders the mean of normalised pixels lies between black (-1) and the mean of the images.
     assert -1.0 < float(model[0].running_mean) < 0.0
     assert model[0].momentum == 0.1
+
+
+def test_renewed_norms_do_not_depend_on_what_was_drawn_before():
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(1))
+        renew_norms(model, split(), batch=64, device=CPU)
+        found.append(float(model[1].running_mean))
+    assert found[0] == found[1]

@@ -10,6 +10,7 @@ import torchvision
 
 from chipdeploy.errors import MissingError, ModelError
 from chipdeploy.training.models import PadShortcut, build_model, model_names, register
+from chipdeploy.training.models.origin import code_digest
 
 torch.set_num_threads(1)
 
@@ -296,3 +297,17 @@ def refusal(spec, **sizes):
         build(spec, **sizes)
     assert type(caught.value) is ModelError and "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_a_folder_without_an_init_file_is_a_package_too(tmp_path):
+    """For Python's imports, and so for the digest of what a model's file imports."""
+    inner = tmp_path / "parts" / "inner"
+    inner.mkdir(parents=True)
+    (tmp_path / "net.py").write_text("from parts.conv import a\nimport empty\nimport parts.nowhere\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "parts" / "conv.py").write_text("from .inner.deep import a\n")
+    (inner / "deep.py").write_text("a = 1\n")
+    before = code_digest(tmp_path / "net.py")
+    assert code_digest(tmp_path / "net.py") == before
+    (inner / "deep.py").write_text("a = 2\n")
+    assert code_digest(tmp_path / "net.py") != before

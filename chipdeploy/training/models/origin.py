@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from modulefinder import ModuleFinder
 from pathlib import Path
+from typing import Any
 
 from chipdeploy.files import digest
 
+PACKAGE = 5  # modulefinder's word for a folder
 INSTALLED = ("torch", "torchvision", "timm", "numpy", "PIL", "chipdeploy")
 
 
@@ -28,7 +30,7 @@ def code_digest(path: Path) -> str:
 
 def _imported(path: Path) -> list[Path]:
     """Files below the model's folder that it, or what it imports, imports; found by reading, nothing is run."""
-    finder = ModuleFinder([str(path.parent)], excludes=INSTALLED)
+    finder = _Finder([str(path.parent)], excludes=INSTALLED)
     try:
         finder.run_script(str(path))
     except (SyntaxError, OSError, ValueError, RecursionError):  # then it cannot be built either, and that is said
@@ -36,3 +38,21 @@ def _imported(path: Path) -> list[Path]:
     places = (getattr(module, "__file__", None) for module in finder.modules.values())
     files = {Path(place).resolve() for place in places if place}
     return sorted(file for file in files - {path} if file.is_relative_to(path.parent))
+
+
+class _Finder(ModuleFinder):
+    """The library's, for folders without `__init__.py` too: those are packages for an import, but not for it."""
+
+    def find_module(self, name: str, path: Any, parent: Any = None) -> Any:
+        try:
+            return super().find_module(name, path, parent)
+        except AttributeError:
+            folders = (Path(place) / name for place in path or self.path)
+            return None, str(next(folder for folder in folders if folder.is_dir())), ("", "", PACKAGE)
+
+    def load_package(self, fqname: str, pathname: str) -> Any:
+        if (Path(pathname) / "__init__.py").is_file():
+            return super().load_package(fqname, pathname)
+        package: Any = self.add_module(fqname)
+        package.__path__ = [pathname]
+        return package

@@ -16,6 +16,7 @@ many cells train at once, nothing can be timed: `--untimed` keeps their ONNX fil
 from __future__ import annotations
 
 import argparse
+import copy
 import fcntl
 import json
 import os
@@ -216,8 +217,9 @@ def _run(cell: dict[str, Any], job: Job, dense: Path, files: Path, options: argp
             epochs = options.scratch_epochs or options.dense_epochs + options.total
         teacher = None if method == "scratch" else job.teacher(dense_network(job, dense))
         saved = files / f"{_file_name(cell)}.partial" if method == "scratch" else None
-        finetune(job, small, epochs, teacher, keep=None if method == "scratch" else config.keep, saved=saved)
-        facts["epochs"] = epochs
+        kept = None if method == "scratch" else config.keep
+        best = finetune(job, small, epochs, teacher, keep=kept, saved=saved)
+        facts |= {"epochs": epochs, "best_epoch": best}
     seconds = time.monotonic() - started
     facts |= _count(model, small, job) | {"seconds": round(seconds), "machine": machine(job)}
     for name, network in (("dense", model), (_file_name(cell), small)):
@@ -241,28 +243,37 @@ def export(job: Job, network: nn.Module, path: Path) -> Path:
 
 def finetune(
     job: Job, model: nn.Module, epochs: int, teacher: Teacher | None, *, keep: float | None, saved: Path | None = None
-) -> None:
-    """The default recipe's own finetune, from its first step to its last.
+) -> int:
+    """The default recipe's own finetune; its weights are those of the best epoch on the validation images, as in
+    chipdeploy itself. Returns that epoch's number, 1 for the first.
 
     keep: share of the cost that was kept; None if the weights are fresh.
     saved: a checkpoint, written after every epoch and found again: for a training of hours.
     """
     optimizer, total, first = job.optimizer(model, keep), epochs * job.steps, 0
+    best, val, number = copy.deepcopy(model), 0.0, 0
     if saved and saved.is_file():
         tensors, facts = checkpoint.load(saved)
         if facts["total"] != epochs:
             raise SystemExit(f"{saved} is of {facts['total']} epochs, not {epochs}; delete it or give these again")
         checkpoint.unpack("model", tensors, model)
         checkpoint.unpack("optimizer", tensors, optimizer)
-        first = facts["done"]
+        checkpoint.unpack("best", tensors, best)
+        first, val, number = facts["done"], facts["val"], facts["best"]
     for epoch in range(first, epochs):
         rate = lambda step, before=epoch * job.steps: job.rate(before + step, total)  # noqa: E731
         job.epoch(model, optimizer, epoch, rate, Silent(), teacher=teacher)
+        if (found := evaluate(model, job.data.val, job.device)) >= val:
+            val, number = found, epoch + 1
+            best.load_state_dict(model.state_dict())
         if saved:
-            tensors = checkpoint.pack("model", model) | checkpoint.pack("optimizer", optimizer)
-            checkpoint.save(saved, tensors, {"done": epoch + 1, "total": epochs})
+            parts = {"model": model, "optimizer": optimizer, "best": best}
+            tensors = {name: tensor for part in parts for name, tensor in checkpoint.pack(part, parts[part]).items()}
+            checkpoint.save(saved, tensors, {"done": epoch + 1, "total": epochs, "val": val, "best": number})
+    model.load_state_dict(best.state_dict())
     if saved:
-        saved.unlink()
+        saved.unlink(missing_ok=True)
+    return number
 
 
 def _chipnet(job: Job, dense: Path, *, align: int) -> tuple[nn.Module, dict[str, Any]]:

@@ -41,7 +41,7 @@ from chipdeploy.dense import train_dense
 from chipdeploy.engines.base import open_engine
 from chipdeploy.engines.target import Target
 from chipdeploy.export.onnx import export_onnx
-from chipdeploy.files import atomic
+from chipdeploy.files import atomic, digest
 from chipdeploy.graph.channels import ChannelGraph
 from chipdeploy.graph.plan import PrunePlan, group_widths
 from chipdeploy.graph.surgery import hard_prune
@@ -104,9 +104,15 @@ def start(options: argparse.Namespace) -> tuple[PruneConfig, Job, Path]:
     if options.pace is not None:
         job = replace(job, recipe=of_one_pace(job.recipe, options.pace))
     dense = Path(base.weights) if base.weights else train_dense(job, options.out.parent / "dense", Silent())
+    wanted = header(options)
     if not options.out.is_file():
         accuracy = evaluate(dense_network(job, dense), job.data.test, job.device)
-        write_json(options.out, header(options) | {"dense_test": accuracy})
+        write_json(options.out, wanted | {"dense_test": accuracy})
+    before = json.loads(options.out.read_text())["settings"]
+    # Files of older versions do not say all of it.
+    if other := [key for key, value in wanted["settings"].items() if before.get(key, value) != value]:
+        got = f"{other[0]}={before[other[0]]}, now {wanted['settings'][other[0]]}"
+        raise SystemExit(f"{options.out} is of other settings: {got}; give another --out")
     return base, job, dense
 
 
@@ -137,11 +143,21 @@ def append(path: Path, row: dict[str, Any]) -> None:
 @contextmanager
 def changing(path: Path) -> Iterator[list[dict[str, Any]]]:
     """The cells of a results file, to be changed; other processes may work on other cells of the same file."""
-    with path.open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with _locked(path):
         store = json.loads(path.read_text())
         yield store["cells"]
         write_json(path, store)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """The file that bears the name now: another process may have put a new one there while this one waited."""
+    while True:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                yield
+                return
 
 
 def _options() -> argparse.Namespace:
@@ -185,9 +201,11 @@ def add_options(
 
 
 def header(options: argparse.Namespace) -> dict[str, Any]:
-    kept = ("model", "total", "soft", "dense_epochs", "scratch_epochs")
+    kept = ("model", "total", "soft", "dense_epochs", "scratch_epochs", "on", "threads")
     data = Path(options.data.partition(":")[2] or options.data).name
     settings = {key: getattr(options, key) for key in kept if hasattr(options, key)}
+    if options.weights:
+        settings["weights_sha256"] = digest(Path(options.weights))
     settings |= {"data": data, "given_weights": bool(options.weights) and not options.own}
     settings["batch"] = recipe("default").batch
     return {"schema": 1, "settings": settings, "environment": environment(), "cells": []}
@@ -425,8 +443,9 @@ def _count(model: nn.Module, small: nn.Module, job: Job) -> dict[str, Any]:
 
 
 def _file_name(cell: dict[str, Any]) -> str:
+    special = [f"-{key}{cell[key]:g}" for key in ("lr", "distill") if cell.get(key) is not None]
     pace = f"-{cell['pace']:g}" if cell.get("pace") else ""
-    return f"{cell['method']}-{cell['keep']:g}-{cell['seed']}{pace}"
+    return "".join([f"{cell['method']}-{cell['keep']:g}-{cell['seed']}{pace}", *special])
 
 
 def times(files: Path, cell: dict[str, Any]) -> dict[str, Any]:

@@ -148,7 +148,8 @@ def newest(cells: list[dict[str, Any]]) -> dict[tuple[float, str], list[dict[str
     """Cells by -keep and method: of a method those with orthogonal steps, where there are any."""
     found: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for cell in cells:
-        found.setdefault((-cell["keep"], cell["method"]), []).append(PLAIN | cell)
+        if (PLAIN | cell)["lr"] is None and (PLAIN | cell)["distill"] is None:  # the others are trials
+            found.setdefault((-cell["keep"], cell["method"]), []).append(PLAIN | cell)
     for alike in found.values():
         alike[:] = [one for one in alike if one["pace"] == max(other["pace"] for other in alike)]
     return found

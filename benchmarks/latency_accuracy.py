@@ -14,6 +14,7 @@ side_by_side.py).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -53,7 +54,7 @@ from chipdeploy.job import Job
 from chipdeploy.latency.gpu import environment_of
 from chipdeploy.latency.meet import BLOCKS, CONFIRM_S, FIRST_S, TOLERANCE
 from chipdeploy.latency.profiling import measure_profile
-from chipdeploy.latency.rig import Rig
+from chipdeploy.latency.rig import Rig, Setting
 from chipdeploy.latency.store import file_name
 from chipdeploy.meeting import arrange, setting_of
 from chipdeploy.pipeline import prune
@@ -67,7 +68,9 @@ LOOK_S = 1.0  # seconds for a first look at a peer's cut
 
 def main() -> None:
     options = _options()
-    Rig.time = quietly(Rig.time)  # type: ignore[method-assign]  # the search for the plan times inside the package
+    # The search for the plan times inside the package; a process that it starts has the core of the one that waits.
+    Rig.time = quietly(Rig.time)  # type: ignore[method-assign]
+    Rig.time_anew = quietly(Rig.time_anew)  # type: ignore[method-assign]
     options.profiles.mkdir(parents=True, exist_ok=True)
     base, job, dense = start(options)
     base = base.model_copy(update={"on": options.on})
@@ -147,7 +150,7 @@ def _torch_pruning(
     assert isinstance(config, PruneConfig) and config.latency
     with Rig(model, graph, setting_of(config, graph)) as rig:
         take = partial(_time, job, model, graph, round_to, rig, work / "tried.onnx")
-        cuts = _cuts(job, model, graph, round_to, options.out, take)
+        cuts = _cuts(job, model, graph, round_to, options.out, take, rig.setting)
         chosen, tries, met = min(cuts, key=lambda cut: cut["time"]), list[dict[str, float]](), False
         for cut in sorted(cuts, key=lambda cut: -cut["macs"]):
             if cut["time"] <= config.latency * (1 + TOLERANCE):
@@ -174,15 +177,24 @@ def _cuts(
     round_to: int,
     out: Path,
     take: Callable[[float, float], float],
+    setting: Setting,
 ) -> list[dict[str, float]]:
     """All of Torch-Pruning's cuts and their times; no goal and no seed changes them, so they are kept."""
     path = out.with_name(f"{job.config.model}-tp-{round_to}.json")
-    if not path.is_file():
+    where = environment_of(setting.target)["machine"]
+    of = {"setting": setting.name, "machine": where, "weights": state_digest(model)}
+    if not path.is_file() or read_json(path).get("of") != of:
         cuts = torch_pruning_cuts(job, model, graph, round_to)
         rows = [{"macs": share, "ratio": ratio, "time": take(ratio, LOOK_S)} for share, ratio in cuts]
-        write_json(path, {"cuts": rows})
+        write_json(path, {"of": of, "cuts": rows})
     found: list[dict[str, float]] = read_json(path)["cuts"]
     return found
+
+
+def state_digest(model: nn.Module) -> str:
+    """sha256 of a network's weights and buffers."""
+    tensors = [tensor.detach().cpu().contiguous().numpy().tobytes() for tensor in model.state_dict().values()]
+    return hashlib.sha256(b"".join(tensors)).hexdigest()
 
 
 def _fresh(job: Job, model: nn.Module, small: nn.Module, work: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from latency_nets import MODELS, PROFILES, Subject, profile_path, subject
 from chipdeploy.chipnet.costs import CostModel, Floats
 from chipdeploy.latency.blocks import Times
 from chipdeploy.latency.environment import environment
+from chipdeploy.latency.gpu import environment_of
 from chipdeploy.latency.laws import Law, fitted_laws, laws_of_layers
 from chipdeploy.latency.predict import Sample, fit
 from chipdeploy.latency.profile import LatencyProfile, graph_digest
@@ -34,7 +35,7 @@ from chipdeploy.latency.profiling import A_ROUND, measure_profile, measured_roun
 from chipdeploy.latency.rig import Rig
 from chipdeploy.latency.shapes import LayerShapes
 from chipdeploy.latency.variants import Variants
-from chipdeploy.run import write_json
+from chipdeploy.run import read_json, write_json
 
 HELD_SEED = 1000  # no seed of a profile
 HELD_S = 12.0  # of a round of held-out plans: the truth must be known better than what is judged by it
@@ -47,8 +48,8 @@ def main() -> None:
     if options.hold:
         _hold(subject(options.hold, options.on, options.batch, options.threads), options)
         return
-    rows = []
-    for name in options.models.split(","):
+    rows, models = [], options.models.split(",")
+    for name in models:
         one = subject(name, options.on, options.batch, options.threads)
         profile = _profile(one, options)
         held = _held(one, options)
@@ -56,7 +57,9 @@ def main() -> None:
         for row in rows:
             if row["model"] == name:
                 print(row, flush=True)
-    write_json(options.out / "predictors.json", {"environment": environment(), "rows": rows})
+    path = options.out / "predictors.json"
+    others = [row for row in read_json(path)["rows"] if row["model"] not in models] if path.is_file() else []
+    write_json(path, {"environment": environment(), "rows": [*others, *rows]})
 
 
 def _options() -> argparse.Namespace:
@@ -96,7 +99,11 @@ def _held(one: Subject, options: argparse.Namespace) -> LatencyProfile:
     path = _held_path(one, options)
     if not path.is_file():
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--hold", one.name], check=True)
-    return LatencyProfile.load(path)
+    found = LatencyProfile.load(path)
+    found.check_setting(one.setting)
+    if other := found.foreign(environment_of(one.setting.target)):
+        raise SystemExit(f"{path} was {other}; give another --out")
+    return found
 
 
 def _hold(one: Subject, options: argparse.Namespace) -> None:

@@ -81,12 +81,12 @@ def _accuracy(folder: Path) -> str:
     """Accuracy at equal measured time, of all networks; seeds that end at the same goal share a row."""
     rows, machines = [], list[str]()
     for path in sorted(folder.glob("accuracy-*.json"), reverse=True):
-        store, groups = json.loads(path.read_text(encoding="utf-8")), dict[tuple[float, str], list[Any]]()
+        store, groups = json.loads(path.read_text(encoding="utf-8")), dict[tuple[float, str, Any], list[Any]]()
         for cell in store["cells"]:
-            groups.setdefault((cell["goal"], cell["method"]), []).append(cell)
+            groups.setdefault((cell["goal"], cell["method"], cell.get("pace")), []).append(cell)
             machines.append(cell["timed_on"])
         name = f"{store['settings']['model']}, dense {store['dense_test']:.2%}"
-        rows += [(name, f"{goal:g}", method, *_mean_cell(cells)) for (goal, method), cells in groups.items()]
+        rows += [(name, f"{goal:g}", method, *_mean_cell(cells)) for (goal, method, _), cells in groups.items()]
     places = list(dict.fromkeys(machines))
     where = "Timed on: " + "; ".join([places[0], *(f"{place} (marked *)" for place in places[1:])])
     marked = [(*row[:3], row[3] + ("" if row[7] == places[0] else " *"), *row[4:7]) for row in rows]

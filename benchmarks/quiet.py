@@ -18,10 +18,10 @@ CORES = "QUIET_CORES"  # environment variable: numbers, by commas
 def quiet_core() -> Iterator[None]:
     """Move this thread to a core that nobody else has; waits for one. Does nothing where none is set aside."""
     cores = [int(number) for number in os.environ.get(CORES, "").split(",") if number]
-    if not cores:
+    before = os.sched_getaffinity(0)
+    if not cores or (len(before) == 1 and before <= set(cores)):  # none, or it is on one already
         yield
         return
-    before = os.sched_getaffinity(0)
     with _taken(cores) as core:
         os.sched_setaffinity(0, {core})
         try:

@@ -17,6 +17,7 @@ PACKAGES = (
     "tensorrt",
     "tensorrt-rtx-cu13",
     "numpy",
+    "torch-pruning",  # the peer of the benchmarks
 )
 
 

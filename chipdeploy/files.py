@@ -6,11 +6,14 @@ import errno
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from chipdeploy.errors import InputError, RunError
+
+YOUNG_S = 60.0
 
 
 @contextmanager
@@ -32,6 +35,14 @@ def atomic(path: Path, kind: type[InputError] = RunError) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # where there is no folder, there is nothing to take away
             temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what `atomic` leaves in a folder when its process is killed. What is young may be another's, at work."""
+    for left in folder.glob(".tmp-*"):
+        with suppress(OSError):
+            if left.is_file() and time.time() - left.stat().st_mtime > YOUNG_S:
+                left.unlink()
 
 
 def unwritable(path: Path, error: OSError, kind: type[InputError] = RunError) -> InputError:

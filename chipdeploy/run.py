@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from chipdeploy.errors import RunError
-from chipdeploy.files import atomic, digest, unwritable
+from chipdeploy.files import atomic, digest, sweep, unwritable
 
 SCHEMA = 1
 MANIFEST, CONFIG, METRICS, LOCK = "manifest.json", "config.json", "metrics.jsonl", "lock"
@@ -233,6 +233,7 @@ class Run:
             except OSError as error:
                 raise unwritable(path, error) from error
             self._sign(path)
+            sweep(self.path)
             yield
 
     @staticmethod

@@ -13,6 +13,12 @@ from chipdeploy.graph.surgery import hard_prune
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch):
+    """Engines are warmed up for a tenth of the time: no test judges how long something takes."""
+    monkeypatch.setattr("chipdeploy.latency.blocks.WARM_UP_S", 0.02)
+
+
 @pytest.fixture(scope="session")
 def randomized():
     """Gives a model random statistics, affines and biases, in place, and returns it in eval mode."""

@@ -302,3 +302,12 @@ def test_json_artifacts_end_in_a_newline_and_can_be_read_elsewhere(run):
     text = run.file("a.json").read_text(encoding="utf-8")
     assert text.endswith("}\n") and json.loads(text) == run.read("a.json") == run.read_if("a.json")
     assert run.read_if("b.json") is None
+
+
+def test_what_a_killed_process_was_writing_is_swept_away(run):
+    old, young = run.file(".tmp-0000-pruned.safetensors"), run.file(".tmp-0001-report.md")
+    for path in (old, young):
+        path.write_text("half")
+    os.utime(old, (0, 0))
+    with run.locked():
+        assert not old.exists() and young.exists()

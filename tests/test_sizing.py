@@ -36,30 +36,35 @@ def scores(net):
     return np.random.default_rng(0).lognormal(0, 1, net[1].channels)
 
 
-def test_a_plan_that_fits_is_left_alone(net, projector, scores):
-    with Sizing(net[0], projector, 2.0) as sizing:
-        assert (sizing.project(scores, KEEP) == projector.project(scores, KEEP)).all()
-        assert sizing.dense.weights > 4 * 260_000
+@pytest.fixture(scope="module")
+def sizing(net, projector):
+    """One for all limits: what it knows of the file does not depend on them."""
+    with Sizing(net[0], projector, 2.0) as found:
+        yield found
+
+
+def test_a_plan_that_fits_is_left_alone(sizing, projector, scores):
+    sizing.limit_mb = 2.0
+    assert (sizing.project(scores, KEEP) == projector.project(scores, KEEP)).all()
+    assert sizing.dense.weights > 4 * 260_000
 
 
 @pytest.mark.parametrize("share", [0.8, 0.5])
-def test_a_plan_that_is_too_large_gives_way_to_one_that_fits_and_uses_what_there_is(net, projector, scores, share):
-    model, graph = net
-    plain = projector.project(scores, KEEP)
-    with Sizing(model, projector, 1e3) as sizing:
-        limit = sizing.footprint(plain).mb * share
-    with Sizing(model, projector, limit) as sizing:
-        mask = sizing.project(scores, KEEP)
-        assert 0.85 * limit < sizing.footprint(mask).mb <= limit
-        cost = projector.cost.count(group_widths(graph, mask)) / projector.cost.dense
-        assert 0.5 * share * KEEP < cost <= KEEP
-        # The size alone would be met by less of everything; what is wanted keeps more of what the budget pays for.
-        tighter = next(
-            mask
-            for keep in np.arange(KEEP, 0.02, -0.02)
-            if sizing.footprint(mask := projector.project(scores, float(keep))).mb <= limit
-        )
-        assert scores[mask].sum() >= scores[tighter].sum()
+def test_a_plan_that_is_too_large_gives_way_to_one_that_fits_and_uses_what_there_is(
+    net, sizing, projector, scores, share
+):
+    limit = sizing.limit_mb = sizing.footprint(projector.project(scores, KEEP)).mb * share
+    chosen = sizing.project(scores, KEEP)
+    assert 0.85 * limit < sizing.footprint(chosen).mb <= limit
+    cost = projector.cost.count(group_widths(net[1], chosen)) / projector.cost.dense
+    assert 0.5 * share * KEEP < cost <= KEEP
+    # The size alone would be met by less of everything; what is wanted keeps more of what the budget pays for.
+    tighter = next(
+        mask
+        for keep in np.arange(KEEP, 0.02, -0.02)
+        if sizing.footprint(mask := projector.project(scores, float(keep))).mb <= limit
+    )
+    assert scores[chosen].sum() >= scores[tighter].sum()
 
 
 def test_the_size_is_that_of_the_file_that_is_deployed(net, projector, scores, tmp_path):
@@ -72,9 +77,9 @@ def test_the_size_is_that_of_the_file_that_is_deployed(net, projector, scores, t
         assert footprint(tmp_path / "small.onnx", 4) == sizing.footprint(mask)
 
 
-def test_half_precision_halves_it(net, projector):
-    with Sizing(net[0], projector, 1.0) as whole, Sizing(net[0], projector, 1.0, precision="fp16") as half:
-        assert half.dense.mb == pytest.approx(whole.dense.mb / 2)
+def test_half_precision_halves_it(net, sizing, projector):
+    with Sizing(net[0], projector, 1.0, precision="fp16") as half:
+        assert half.dense.mb == pytest.approx(sizing.dense.mb / 2)
 
 
 def test_what_no_network_fits_is_refused_with_the_least(net, projector):

@@ -1,10 +1,13 @@
-"""The invariant: a network with 0/1 gates equals the network that was cut, in eager mode and in ONNX Runtime."""
+"""The invariant: a network with 0/1 gates equals the network that was cut, in eager mode and in ONNX Runtime.
+
+Dense costs are counted beside it, as PyTorch counts them: the networks are the same.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import onnx
@@ -15,7 +18,9 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from chipdeploy.chipnet.costs import CostModel
 from chipdeploy.export.onnx import export_onnx
 from chipdeploy.export.verify import verify_onnx
 from chipdeploy.graph.plan import PrunePlan
@@ -48,22 +53,25 @@ def images(name, dtype=torch.float64, count=2):
     return torch.randn(count, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
-@lru_cache(maxsize=1)
-def traced(name):
-    """A model and its graph; tests come model by model, so one is kept."""
-    model = build(name)
-    return model, trace(model, images(name, torch.float32))
+@cache
+def graph_of(name):
+    """Holds names and numbers only, so that all are kept."""
+    return trace(build(name), images(name, torch.float32))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gated_equals_cut(name, randomized, random_mask, extreme_masks, disagreement):
-    model, graph = traced(name)
+    model, graph = build(name), graph_of(name)
     inputs = images(name)
 
     def check(mask):
         assert disagreement(model, graph, mask, inputs) <= 1e-9
 
     randomized(model)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(inputs[:1])
+    assert CostModel.of(graph, "macs").dense == counter.get_total_flops() / 2
+    assert CostModel.of(graph, "params").dense == sum(parameter.numel() for parameter in model.parameters())
     for mask in extreme_masks(graph):
         check(mask)
 
@@ -92,7 +100,7 @@ def without_branches(graph, every):
     "name", ["resnet20", "resnet56", "mobilenetv2", "preresnet164", "tv:resnet18", "tv:densenet121"]
 )
 def test_onnx_equals_cut_and_dead_branches_leave_no_op(name, randomized, tmp_path):
-    model, graph = traced(name)
+    model, graph = build(name), graph_of(name)
     randomized(model, torch.float32)
     inputs = images(name, torch.float32, count=3)
     # Deep ones lose most of their branches, so that exporting them takes seconds.
@@ -114,8 +122,7 @@ def test_onnx_equals_cut_and_dead_branches_leave_no_op(name, randomized, tmp_pat
 
 
 def test_resnet20_without_five_branches_keeps_nine_convolutions(tmp_path):
-    model, graph = traced("resnet20")
-    model.float()
+    model, graph = build("resnet20").eval(), graph_of("resnet20")
     mask = without_branches(graph, 2)  # branches 0, 2, 4, 6 and 8 of nine go, with two convolutions each
     file = export_onnx(
         hard_prune(model, graph, PrunePlan.from_mask(graph, mask)), images("resnet20").float(), tmp_path / "a.onnx"
@@ -128,8 +135,7 @@ def test_resnet20_without_five_branches_keeps_nine_convolutions(tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenetv2", "tv:resnet18"])
 def test_the_cut_network_is_an_ordinary_module(name, random_mask):
-    model = build(name)
-    graph = trace(model, images(name, torch.float32))
+    model, graph = build(name), graph_of(name)
     before = copy.deepcopy(model.state_dict())
     plan = PrunePlan.from_mask(graph, random_mask(graph, 3))
     small = hard_prune(model, graph, plan)

@@ -569,4 +569,6 @@ def test_treacherous_networks_are_cut_exactly_or_refused(name, fates):
 
 
 def test_treacherous_networks_are_not_all_refused(fates):
+    if fates.total() < len(TREACHEROUS):
+        pytest.skip("what was cut is counted when all of them were tried")
     assert fates["accepted"] >= 0.8 * fates.total()

@@ -102,7 +102,7 @@ def section(path: Path) -> str:
         f"{settings['model']} on {settings['data']}, dense {store['dense_test']:.2%}, from {start}; "
         f"{settings['total']} epochs in all for every method, {settings['soft']} of them soft in chipdeploy; "
         f"finetuned by {'orthogonal steps' if any(paces) else 'plain SGD, the default before orthogonal steps'}; "
-        "one run each where no number is given, the highest accuracy in bold. "
+        f"one run each where no number is given, the highest accuracy in bold; {ending(cells_of)}. "
         f"Time: ONNX Runtime, one thread, as a share of the dense network's ({timed}). Trained on: {trained}. "
         f"Raw data: `{path.relative_to(ROOT)}`.",
         "",
@@ -118,6 +118,16 @@ def section(path: Path) -> str:
         right = accuracy(cells, bold=tested(cells) == best[keep])
         lines.append(f"| {-keep:g} | {name} | {right} | {times(cells)} | {share(cells, 'params')} |")
     return "\n".join([*lines, "", by_time(cells_of)])
+
+
+def ending(cells_of: dict[tuple[float, str], list[dict[str, Any]]]) -> str:
+    """Which epoch's weights the networks have; older cells of the others do not say, and have the last's."""
+    others = [cell for (_, method), cells in cells_of.items() if not method.startswith("chipnet") for cell in cells]
+    last = [cell for cell in others if "best_epoch" not in cell]
+    if len(last) == len(others):
+        return "ours end with their best epoch by validation images, the others with their last"
+    but = f", but for {len(last)} of the others, which end with their last" if last else ""
+    return f"all end with their best epoch by validation images{but}"
 
 
 def by_time(cells_of: dict[tuple[float, str], list[dict[str, Any]]]) -> str:

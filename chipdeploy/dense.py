@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,18 +56,25 @@ def train_dense(job: Job, folder: Path, watcher: Watcher, tell: Callable[[str], 
 def _alone(path: Path, tell: Callable[[str], None] | None) -> Iterator[None]:
     """Wait until no other process trains the network of `path`."""
     lock = path.with_suffix(".lock")
-    try:
-        file = lock.open("a", encoding="utf-8")
-    except OSError as error:
-        raise unwritable(lock, error) from error
-    with file:
+    with ExitStack() as stack:
+        while True:
+            try:
+                file = stack.enter_context(lock.open("a", encoding="utf-8"))
+            except OSError as error:
+                raise unwritable(lock, error) from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if tell:
+                    tell(f"another process trains {path}: waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Who had it takes the file away: a lock on a file without a name keeps nobody out.
+            if lock.is_file() and os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
+                break
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if tell:
-                tell(f"another process trains {path}: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _trained(path: Path) -> bool:

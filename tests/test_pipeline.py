@@ -215,6 +215,7 @@ def test_of_two_processes_one_trains_and_the_other_waits_for_it(configure, folde
         fcntl.flock(held, fcntl.LOCK_UN)
         assert waiting.result(60).read_bytes() == whole
     assert watcher.epochs == []
+    assert not list(elsewhere.parent.glob("*.lock"))
 
 
 def test_a_dense_network_is_trained_once(configure, go, folder):

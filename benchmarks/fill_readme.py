@@ -114,6 +114,7 @@ def section(path: Path) -> str:
     for (keep, method), cells in sorted(cells_of.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
         kept = mean(cell["macs"] for cell in cells)
         name = NAMES[method] + (f"; reaches {kept:.2f} only" if kept > -keep else "")
+        name += f"; its nearest cut keeps {kept:.2f}" if kept < 0.95 * -keep else ""
         name += "; plain SGD" if any(paces) and not cells[0]["pace"] else ""
         right = accuracy(cells, bold=tested(cells) == best[keep])
         lines.append(f"| {-keep:g} | {name} | {right} | {times(cells)} | {share(cells, 'params')} |")

@@ -69,12 +69,20 @@ def _alone(path: Path, tell: Callable[[str], None] | None) -> Iterator[None]:
                     tell(f"another process trains {path}: waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
             # Who had it takes the file away: a lock on a file without a name keeps nobody out.
-            if lock.is_file() and os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
+            if _bears(lock, file.fileno()):
                 break
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def _bears(path: Path, number: int) -> bool:
+    """Whether the open file of a descriptor is the one that bears the name."""
+    try:
+        return os.path.samestat(os.fstat(number), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _trained(path: Path) -> bool:

@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""Write the README's tour and results, and the tables of docs/engines.md, from what was really printed and measured.
+"""Write the README's tour and results, the tables of docs/engines.md, and what the programs of docs/own-model.md print,
+from what was really printed and measured.
 
-fill_readme.py            the results, from benchmarks/results/*.json
-fill_readme.py --tour     the tour too: runs the demo and takes its output
+fill_readme.py               the results, from benchmarks/results/*.json
+fill_readme.py --tour        the tour too: runs the demo and takes its output
+fill_readme.py --programs    what the programs of docs/own-model.md print, too: runs them, a minute or two each
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -32,6 +35,8 @@ NAMES = {
     "scratch": "uniformly narrower, from scratch for the dense and these epochs together",
 }
 
+PROGRAMS = "detector", "unet"
+
 FILES = {
     "precision": "precision.json",
     "rtx": "rtx-builds.json",
@@ -44,6 +49,7 @@ FILES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tour", action="store_true")
+    parser.add_argument("--programs", action="store_true")
     options = parser.parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
@@ -57,6 +63,12 @@ def main() -> None:
         if (path := RESULTS / FILES[name]).is_file():
             text = replace(text, name, fill(json.loads(path.read_text(encoding="utf-8")), path))
     engines.write_text(text, encoding="utf-8")
+    if options.programs:
+        own_model = ROOT / "docs" / "own-model.md"
+        text = own_model.read_text(encoding="utf-8")
+        for name in PROGRAMS:
+            text = replace(text, name, program(text, name))
+        own_model.write_text(text, encoding="utf-8")
 
 
 def replace(text: str, name: str, content: str) -> str:
@@ -73,6 +85,23 @@ def tour() -> str:
     lines = "\n".join("    " + line.rstrip() for line in (done.stderr + done.stdout).splitlines())
     machine = environment()["machine"]
     return f"What `make demo` prints ({machine}):\n\n{lines}"
+
+
+def program(page: str, name: str) -> str:
+    """What the page's program of that name prints, in a folder of its own."""
+    code = re.search(rf"^```python\n(# {name}\.py\n.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert code, name
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", code[1]],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=True,
+            text=True,
+            capture_output=True,
+        )
+    lines = "\n".join("    " + line.rstrip() for line in done.stdout.splitlines())
+    return f"What it prints ({environment()['machine']}, one thread):\n\n{lines}"
 
 
 def results() -> list[str]:

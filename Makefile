@@ -21,6 +21,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 	$(BIN)/mypy --strict cli profiles
+	$(BIN)/mypy benchmarks/*.py
 
 pytest: $(READY)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -285,6 +285,7 @@ def finetune(
             val, number = found, epoch + 1
             best.load_state_dict(model.state_dict())
         if saved:
+            parts: dict[str, nn.Module | torch.optim.Optimizer]
             parts = {"model": model, "optimizer": optimizer, "best": best}
             tensors = {name: tensor for part in parts for name, tensor in checkpoint.pack(part, parts[part]).items()}
             checkpoint.save(saved, tensors, {"done": epoch + 1, "total": epochs, "val": val, "best": number})
@@ -429,16 +430,16 @@ def macs(model: nn.Module, job: Job) -> float:
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(job.example[:1])
-    return counter.get_total_flops() / 2
+    return int(counter.get_total_flops()) / 2
 
 
 def _count(model: nn.Module, small: nn.Module, job: Job) -> dict[str, Any]:
-    size = lambda network: sum(p.numel() for p in network.parameters())  # noqa: E731
+    params = [sum(tensor.numel() for tensor in network.parameters()) for network in (small, model)]
     return {
         "val": evaluate(small, job.data.val, job.device),
         "test": evaluate(small, job.data.test, job.device),
         "macs": macs(small, job) / macs(model, job),
-        "params": size(small) / size(model),
+        "params": params[0] / params[1],
     }
 
 

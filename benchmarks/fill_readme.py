@@ -181,7 +181,7 @@ def percent(value: float) -> str:
 
 def took(cells: list[dict[str, Any]]) -> float:
     """Mean share of the dense time at batch 1."""
-    return mean(cell["time_batch1"]["ratio"] for cell in cells)
+    return float(mean(cell["time_batch1"]["ratio"] for cell in cells))
 
 
 def newest(cells: list[dict[str, Any]]) -> dict[tuple[float, str], list[dict[str, Any]]]:
@@ -196,7 +196,7 @@ def newest(cells: list[dict[str, Any]]) -> dict[tuple[float, str], list[dict[str
 
 
 def tested(cells: list[dict[str, Any]]) -> float:
-    return mean(cell["test"] for cell in cells)
+    return float(mean(cell["test"] for cell in cells))
 
 
 def accuracy(cells: list[dict[str, Any]], *, bold: bool) -> str:

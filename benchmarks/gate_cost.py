@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    facts = {
+    facts: dict[str, Any] = {
         "schema": 1,
         "environment": environment() | {"threads": options.threads},
         "step": step_cost(options.model, options.batch, options.blocks),
@@ -102,7 +102,7 @@ def _stepper(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[],
         if chip is not None:
             loss = chip.loss(loss)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if chip is not None:
             chip.step()

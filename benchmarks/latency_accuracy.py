@@ -102,7 +102,7 @@ def _missed(path: Path, cell: dict[str, Any]) -> dict[str, Any] | None:
     for row in read_json(path)["cells"]:
         same = all((PLAIN | row)[key] == value for key, value in cell.items() if key != "goal")
         if same and cell["method"].startswith("tp-") and not row["met"] and row["goal"] > cell["goal"]:
-            return row
+            return dict(row)
     return None
 
 

@@ -163,7 +163,7 @@ def _compared(one: Subject, profile: LatencyProfile, held: LatencyProfile, count
 
 
 def _score(guess: Floats, rows: list[Sample]) -> dict[str, Any]:
-    from scipy.stats import spearmanr
+    from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
     ratios = np.array([row.ratio for row in rows])
     errors = np.abs(guess / ratios - 1)
@@ -228,7 +228,7 @@ def _summed(shapes: LayerShapes, laws: tuple[Law, ...], constant: float) -> Call
 
 def _boosted(one: Subject, seen: list[Sample]) -> Callable[[list[Sample]], Floats]:
     """Gradient-boosted trees over widths, MACs and the number of layers."""
-    from sklearn.ensemble import GradientBoostingRegressor  # type: ignore[import-untyped]
+    from sklearn.ensemble import GradientBoostingRegressor
 
     macs, volume = CostModel.of(one.graph, "macs"), CostModel.of(one.graph, "volume")
 

@@ -43,7 +43,7 @@ def main() -> None:
         _fresh(options)
         return
     file = options.out / "targets.json"
-    store = (
+    store: dict[str, Any] = (
         json.loads(file.read_text())
         if file.is_file()
         else {"environment": environment_of(Target.parse(options.on)), "cells": []}

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("runs", nargs="+", type=Path)
     options = parser.parse_args()
-    empty = {"schema": 1, "environment": environment(), "networks": []}
+    empty: dict[str, Any] = {"schema": 1, "environment": environment(), "networks": []}
     store = json.loads(options.out.read_text()) if options.out.is_file() else empty
     for run in map(Run.open, options.runs):
         facts = described(run)

@@ -45,6 +45,10 @@ class RandomImages:
     def __len__(self) -> int:
         return len(self.images) * BATCH
 
+    @property
+    def pixels(self) -> int:
+        return PIXELS * PIXELS
+
     def batches(
         self, size: int, *, seed: int | None = None, augment: bool = False, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[Tensor, Tensor]]:

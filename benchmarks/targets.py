@@ -130,7 +130,7 @@ def _cell(subject: Subject, target: Target, batch: int, wanted: str, seconds: fl
 def _by_latency(subject: Subject, bench: Bench, goal: float, seconds: float) -> dict[str, Any]:
     """Bisect the share of the MACs until the measured time is at most `goal` of the dense one, and 97 % of that."""
     low, high = subject.smallest, 1.0
-    keep, best = goal, {}
+    keep, best = goal, dict[str, Any]()
     for _ in range(TRIES):
         small, kept = subject.cut(max(low, min(keep, 0.99)))
         facts = {"macs": kept} | bench.measure(small, seconds)

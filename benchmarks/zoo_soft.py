@@ -76,7 +76,7 @@ def _prune(name: str, size: int, keep: float) -> dict[str, Any]:
         logits = output if isinstance(output, Tensor) else output[0]
         loss = chip.loss(F.cross_entropy(logits, labels))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         chip.step()
     small = hard_prune(chip.folded(), chip.graph, chip.plan()).eval()
